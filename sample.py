@@ -1,0 +1,234 @@
+"""The command line: prompts in, pictures out.
+
+    python sample.py "a cat"                             # the embedded model, on a CPU, offline
+    python sample.py "a cat on a blue background" -n 9 --seed 7
+    python sample.py "an astronaut on a horse" --model sd15 --device cuda
+    python sample.py --prompts captions_val2017.json --out coco --batch 16
+
+Paths of the pictures go to stdout, progress to stderr. A mistake ends in one line and exit code 2.
+"""
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", nargs="?", help='what to draw; "" draws without a prompt')
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or a COCO captions file (.json)")
+    parser.add_argument("-n", type=whole(1), default=1, metavar="N", help="pictures per prompt (%(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="picture k is drawn from seed + k (%(default)s)")
+    parser.add_argument("--steps", type=whole(1, 1000), default=25, help="UNet evaluations, 1 to 1000 (%(default)s)")
+    parser.add_argument("--guidance", type=number, help="classifier-free guidance (7.5; with one step 1, which is none)")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="what guidance is to lead away from")
+    parser.add_argument("--model", default="emoji", help="a folder, a Hugging Face id, emoji, sd15, sd21, sd-turbo (%(default)s)")
+    parser.add_argument("--size", type=width_height, metavar="W[xH]", help="pixels (default: the model's own)")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the pictures (%(default)s)")
+    parser.add_argument("--batch", type=whole(1), default=4, help="pictures drawn at a time (%(default)s)")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
+                        help="auto: float16 on cuda, else float32")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="torch.compile: slow start, then faster; for many pictures")
+    parser.add_argument("--show", action=argparse.BooleanOptionalAction,
+                        help="draw small pictures in the terminal (default: where it has colours)")  # fmt: skip
+    args = parser.parse_args(argv)
+    if (args.prompt is None) == (args.prompts is None):
+        parser.error("give one prompt or --prompts FILE")
+    if args.guidance is None:
+        args.guidance = 1.0 if args.steps == 1 else 7.5
+    return args
+
+
+def whole(least, most=2**63 - 1):
+    def parse(text):
+        if not re.fullmatch(r"-?\d{1,30}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def number(text):
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1000:  # false for nan
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1000")
+
+
+def width_height(text):
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if not match or not int(match[1]) or not int(match[2] or 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64 or 768x512")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def read_prompts(path):
+    """One prompt a line, or a COCO captions file: the first caption of each image, as FID-5k is measured."""
+    from hipa import UserError
+
+    try:
+        text = path.read_text("utf-8")
+        if path.suffix == ".json":
+            captions = {}
+            for annotation in json.loads(text)["annotations"]:
+                captions.setdefault(annotation["image_id"], " ".join(annotation["caption"].split()))
+            prompts = list(captions.values())
+        else:
+            prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is neither text with one prompt a line nor a COCO captions file") from None
+    if not prompts:
+        raise UserError(f"{path} has no prompts in it")
+    return prompts
+
+
+def writable(folder):
+    """Makes the folder and checks that files can be written, before anything slow starts."""
+    from hipa import UserError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
+def slug(text, most=60):
+    """A prompt as a safe piece of a file name: letters and digits of any script, at most `most` bytes."""
+    words = "-".join(re.findall(r"\w+", text.lower()))
+    return words.encode("utf-8", "ignore")[:most].decode("utf-8", "ignore").strip("-_") or "picture"
+
+
+def save(picture, folder, name, parameters):
+    """Writes a PNG under the next free number, never over a file that exists. Returns its path."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("parameters", parameters)
+    numbers = [int(match[0]) for path in folder.iterdir() if (match := re.match(r"\d+", path.name))]
+    for free in itertools.count(max(numbers, default=0) + 1):
+        path = folder / f"{free:04d}-{name}.png"
+        with contextlib.suppress(FileExistsError), open(path, "xb") as file:
+            picture.save(file, "PNG", pnginfo=info)
+            return path
+
+
+def show(picture):
+    """Prints a picture with half blocks: each character is two pixels, foreground above background."""
+    width, height = picture.size
+    pixels = picture.load()
+    for y in range(0, height - 1, 2):
+        row = (
+            "\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*pixels[x, y], *pixels[x, y + 1]) for x in range(width)
+        )
+        print("".join(row) + "\x1b[0m")
+
+
+def to_pil(pictures):
+    """Pictures (B, 3, H, W) in [-1, 1] -> PIL pictures."""
+    from PIL import Image
+
+    array = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(a) for a in array]
+
+
+def grid(pictures):
+    """PIL pictures of one size -> one picture, about square, filled row by row."""
+    from PIL import Image
+
+    columns = round(len(pictures) ** 0.5 + 0.499)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for k, picture in enumerate(pictures):
+        sheet.paste(picture, (k % columns * width, k // columns * height))
+    return sheet
+
+
+def main(argv=None):
+    args = parse_args(argv)  # before the imports below: a mistake should not wait for torch
+    import torch
+    from tqdm import tqdm
+
+    import hipa
+
+    # Bytes of the command line that are no UTF-8 arrive as lone surrogates, which no file can hold.
+    clean = lambda text: text.encode("utf-8", "replace").decode()  # noqa: E731
+    prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
+    prompts = [clean(prompt) for prompt in prompts]
+    negative = clean(args.negative)
+    writable(args.out)
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(d for d in available if available[d]) if args.device == "auto" else args.device
+    if not available[device]:
+        raise hipa.UserError(f"--device {device}: not available here; try --device cpu")
+    dtype = args.dtype if args.dtype != "auto" else "float16" if device == "cuda" else "float32"
+    dtype = getattr(torch, dtype)
+    checkpoint = hipa.find_checkpoint(args.model, half=dtype != torch.float32)
+    width, height = hipa.picture_size(checkpoint, args.size)
+    model = hipa.load(checkpoint, device, dtype)
+    if args.compile:
+        model.unet.compile()
+        model.vae.decoder.compile()
+
+    # Each picture's prompt and seed, in order; a batch is a slice of this list.
+    jobs = [(prompt, args.seed + k) for k, prompt in enumerate(p for p in prompts for _ in range(args.n))]
+    colours = sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit")
+    shown = (colours if args.show is None else args.show) and width <= 128
+    batches = [jobs[i : i + args.batch] for i in range(0, len(jobs), args.batch)]
+    total = len(batches) * args.steps
+    waiting = tqdm(total=total, unit="step", leave=False, disable=total == 1)
+    of_prompt = []  # the current prompt's pictures, for its grid
+    with waiting:
+        for batch in batches:
+            pictures = hipa.sample(model, [p for p, _ in batch], [s for _, s in batch], args.steps, args.guidance,
+                                   negative, (width, height), waiting.update)  # fmt: skip
+            for picture, (prompt, seed) in zip(to_pil(pictures), batch):
+                parameters = prompt + (f"\nNegative prompt: {negative}" if negative else "") + (
+                    f"\nSteps: {args.steps}, Sampler: DPM++ 2M trailing, CFG scale: {args.guidance:g}, Seed: {seed}, "
+                    f"Size: {width}x{height}, Model: {args.model}"
+                )
+                path = save(picture, args.out, f"{seed}-{slug(prompt)}", parameters)
+                with waiting.external_write_mode():
+                    if shown:
+                        show(picture)
+                    print(path, flush=True)
+                of_prompt.append(picture)
+                if len(of_prompt) == args.n:
+                    if args.n > 1:
+                        sheet = save(grid(of_prompt), args.out, f"grid-{slug(prompt)}", parameters)
+                        with waiting.external_write_mode():
+                            print(sheet, flush=True)
+                    of_prompt = []
+
+
+def run(main):
+    """Runs a command line's main(): a user's mistake is one line and exit code 2, an interruption no traceback."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        from hipa import UserError  # here, because importing torch takes longer than refusing a bad argument
+
+        if not isinstance(error, UserError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)
