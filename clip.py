@@ -1,10 +1,11 @@
 """CLIP's text side: prompt -> tokens -> text states, which the UNet attends to.
 
-Follows OpenAI's CLIP (byte-level BPE tokenizer, causal text transformer) as transformers packages it. Attribute names are
-the checkpoint's keys, so official weights load with strict=True. Left out: the image side and the pooled embedding.
+Follows OpenAI's CLIP (byte-level BPE tokenizer, causal text transformer) as transformers packages it. Attribute names
+are the checkpoint's keys, so official weights load with strict=True. Left out: the image side, the pooled embedding.
 
 B batch, S text length (77 in official checkpoints), D width.
 """
+
 import json
 import warnings
 from dataclasses import dataclass
@@ -45,14 +46,15 @@ def normalize(text):
         off = dict.fromkeys(["uncurl_quotes", "fix_latin_ligatures", "fix_character_width", "fix_line_breaks"], False)
         keep = dict.fromkeys(["unescape_html", "remove_terminal_escapes", "remove_control_chars"], False)
         text = ftfy.fix_text(text, normalization="NFC", restore_byte_a0=False, **off, **keep)
-    return "".join(char.lower() for char in text)  # one by one: str.lower() treats a final sigma specially, CLIP's doesn't
+    # One by one: str.lower() of a whole text treats a Greek final sigma specially, and CLIP's does not.
+    return "".join(char.lower() for char in text)
 
 
 class Tokenizer:
     """Byte-level BPE. `Tokenizer.load(folder)` reads a checkpoint's `tokenizer/`; calling it gives token ids."""
 
     def __init__(self, vocab, merges, length=77, pad=END, specials=(BEGIN, END)):
-        """`vocab` {token: id}; `merges` [(left, right)], best first; `length` ids per prompt; `pad` the filling token."""
+        """`vocab` {token: id}; `merges` [(left, right)], best first; `length` ids a prompt; `pad` the filling token."""
         self.vocab, self.length = vocab, length
         self.ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
         self.begin, self.end, self.pad = vocab[BEGIN], vocab[END], vocab[pad]
@@ -78,8 +80,10 @@ class Tokenizer:
         special_map = folder / "special_tokens_map.json"
         if special_map.exists():  # it wins over tokenizer_config.json: SD 2.x says "!" here and end-of-text there
             settings |= json.loads(special_map.read_text("utf-8"))
-        names = {key: settings[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token") if settings.get(key)}
-        names = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()}
+        names = {}  # {"pad_token": "!", ...}
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            if settings.get(key):
+                names[key] = settings[key]["content"] if isinstance(settings[key], dict) else settings[key]
         length = min(settings.get("model_max_length", 77), 10**6)  # transformers writes 1e30 for "no limit"
         return cls(vocab, merges, length, names.get("pad_token", END), tuple(names.values()))
 
@@ -126,7 +130,8 @@ class Tokenizer:
                 if len(ids) > self.length - 1:  # the last place is the end token's
                     dropped.append(word)
             if dropped:
-                warnings.warn(f"prompt longer than {self.length - 2} tokens; dropped: {' '.join(dropped)}", stacklevel=2)
+                room = self.length - 2
+                warnings.warn(f"prompt longer than {room} tokens; dropped: {' '.join(dropped)}", stacklevel=2)
             ids = [*ids[: self.length - 1], self.end]
             rows.append(ids + [self.pad] * (self.length - len(ids)))
         return torch.tensor(rows)

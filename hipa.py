@@ -1,6 +1,6 @@
 """The model as a whole: noise schedule, checkpoint loading, and the sampler that turns prompts into pictures.
 
-A checkpoint is a folder in diffusers' layout: `tokenizer/ text_encoder/ unet/ vae/ scheduler/`, JSON and safetensors only.
+A checkpoint is a folder in diffusers' layout (`tokenizer/ text_encoder/ unet/ vae/ scheduler/`), JSON and safetensors.
 
     model = load("emoji")
     pictures = sample(model, ["a cat"], seeds=[0], steps=25)      # (1, 3, 64, 64) in [-1, 1]
@@ -8,6 +8,7 @@ A checkpoint is a folder in diffusers' layout: `tokenizer/ text_encoder/ unet/ v
 x_t = alpha_t x0 + sigma_t epsilon, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]).
 B batch, H and W the picture's height and width, h and w the latent's.
 """
+
 import dataclasses
 import hashlib
 import json
@@ -37,7 +38,7 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------------------- schedule
 @dataclass
 class Schedule:
-    """How much noise there is at each timestep, and what the network predicts. From `scheduler/scheduler_config.json`."""
+    """How much noise there is at each timestep, and what the network predicts: `scheduler/scheduler_config.json`."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -90,7 +91,6 @@ SHORT_NAMES = {
 class StableDiffusion:
     """The parts of a loaded checkpoint."""
 
-    name: str
     tokenizer: Tokenizer
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
@@ -131,7 +131,6 @@ def load(model="emoji", device="cpu", dtype=torch.float32):
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder / 'tokenizer'}: no readable tokenizer ({type(error).__name__}: {error})") from None
     parts = StableDiffusion(
-        name=str(model),
         tokenizer=tokenizer,
         schedule=read_config(Schedule, folder / "scheduler" / "scheduler_config.json"),
         text_encoder=network(CLIPTextModel, CLIPTextConfig, "text_encoder"),
@@ -145,7 +144,7 @@ def load(model="emoji", device="cpu", dtype=torch.float32):
 
 
 def picture_size(folder, size=None):
-    """(width, height) in pixels for the checkpoint in `folder`: the given one if the VAE can draw it, or the model's."""
+    """(width, height) in pixels for the checkpoint in `folder`: `size` if the VAE can draw it; default, the model's."""
     cell = read_config(VAEConfig, folder / "vae" / "config.json").downscale
     side = read_config(UNetConfig, folder / "unet" / "config.json").sample_size * cell
     width, height = size or (side, side)
@@ -259,11 +258,11 @@ def find_checkpoint(model, half=False):
     if Path(place).is_file():
         raise UserError(f"{place} is a file; --model wants a checkpoint folder in diffusers' layout")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
-        raise UserError(f"no model {str(model)!r}: give a folder, a Hugging Face id (org/name), or {', '.join(SHORT_NAMES)}")
-    cache = Path(
-        os.environ.get("HF_HUB_CACHE")
-        or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
-    ).expanduser() / f"models--{place.replace('/', '--')}"
+        choices = f"a folder, a Hugging Face id (org/name), {', '.join(SHORT_NAMES)}"
+        raise UserError(f"no model {str(model)!r}: give one of {choices}")
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    cache = hub / f"models--{place.replace('/', '--')}"
     revision = cache / "refs" / "main"
     if revision.exists():
         folder = cache / "snapshots" / revision.read_text().strip()

@@ -7,6 +7,7 @@
 
 Paths of the pictures go to stdout, progress to stderr. A mistake ends in one line and exit code 2.
 """
+
 import argparse
 import contextlib
 import itertools
@@ -22,20 +23,28 @@ from pathlib import Path
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", help='what to draw; "" draws without a prompt')
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, or a COCO captions file (.json)")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one prompt a line, or a COCO captions file (.json)"
+    )
     parser.add_argument("-n", type=whole(1), default=1, metavar="N", help="pictures per prompt (%(default)s)")
     parser.add_argument("--seed", type=whole(0), default=0, help="picture k is drawn from seed + k (%(default)s)")
     parser.add_argument("--steps", type=whole(1, 1000), default=25, help="UNet evaluations, 1 to 1000 (%(default)s)")
-    parser.add_argument("--guidance", type=number, help="classifier-free guidance (7.5; with one step 1, which is none)")
+    parser.add_argument(
+        "--guidance", type=number, help="classifier-free guidance (7.5; with one step 1, which is none)"
+    )
     parser.add_argument("--negative", default="", metavar="TEXT", help="what guidance is to lead away from")
-    parser.add_argument("--model", default="emoji", help="a folder, a Hugging Face id, emoji, sd15, sd21, sd-turbo (%(default)s)")
+    parser.add_argument(
+        "--model", default="emoji", help="a folder, a Hugging Face id, emoji, sd15, sd21, sd-turbo (%(default)s)"
+    )
     parser.add_argument("--size", type=width_height, metavar="W[xH]", help="pixels (default: the model's own)")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the pictures (%(default)s)")
     parser.add_argument("--batch", type=whole(1), default=4, help="pictures drawn at a time (%(default)s)")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(%(default)s)")
     parser.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
                         help="auto: float16 on cuda, else float32")  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="torch.compile: slow start, then faster; for many pictures")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile: slow start, then faster; for many pictures"
+    )
     parser.add_argument("--show", action=argparse.BooleanOptionalAction,
                         help="draw small pictures in the terminal (default: where it has colours)")  # fmt: skip
     args = parser.parse_args(argv)
@@ -108,15 +117,20 @@ def slug(text, most=60):
     return words.encode("utf-8", "ignore")[:most].decode("utf-8", "ignore").strip("-_") or "picture"
 
 
-def save(picture, folder, name, parameters):
+def next_numbers(folder):
+    """Endless numbers for new pictures, from above the largest that a file in the folder begins with."""
+    taken = [int(match[0]) for path in folder.iterdir() if (match := re.match(r"\d+", path.name))]
+    return itertools.count(max(taken, default=0) + 1)
+
+
+def save(picture, folder, numbers, name, parameters):
     """Writes a PNG under the next free number, never over a file that exists. Returns its path."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_text("parameters", parameters)
-    numbers = [int(match[0]) for path in folder.iterdir() if (match := re.match(r"\d+", path.name))]
-    for free in itertools.count(max(numbers, default=0) + 1):
-        path = folder / f"{free:04d}-{name}.png"
+    for number in numbers:
+        path = folder / f"{number:04d}-{name}.png"
         with contextlib.suppress(FileExistsError), open(path, "xb") as file:
             picture.save(file, "PNG", pnginfo=info)
             return path
@@ -127,9 +141,7 @@ def show(picture):
     width, height = picture.size
     pixels = picture.load()
     for y in range(0, height - 1, 2):
-        row = (
-            "\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*pixels[x, y], *pixels[x, y + 1]) for x in range(width)
-        )
+        row = ("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*pixels[x, y], *pixels[x, y + 1]) for x in range(width))
         print("".join(row) + "\x1b[0m")
 
 
@@ -180,35 +192,39 @@ def main(argv=None):
         model.unet.compile()
         model.vae.decoder.compile()
 
+    def parameters(prompt, seed):
+        """What a picture was made from, in the words image viewers know from other Stable Diffusion programs."""
+        lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
+        settings = f"Steps: {args.steps}, Sampler: DPM++ 2M trailing, CFG scale: {args.guidance:g}, Seed: {seed}"
+        return "\n".join([*lines, f"{settings}, Size: {width}x{height}, Model: {args.model}"])
+
     # Each picture's prompt and seed, in order; a batch is a slice of this list.
     jobs = [(prompt, args.seed + k) for k, prompt in enumerate(p for p in prompts for _ in range(args.n))]
+    batches = [jobs[i : i + args.batch] for i in range(0, len(jobs), args.batch)]
+    numbers = next_numbers(args.out)
     colours = sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit")
     shown = (colours if args.show is None else args.show) and width <= 128
-    batches = [jobs[i : i + args.batch] for i in range(0, len(jobs), args.batch)]
-    total = len(batches) * args.steps
-    waiting = tqdm(total=total, unit="step", leave=False, disable=total == 1)
     of_prompt = []  # the current prompt's pictures, for its grid
-    with waiting:
+    total = len(batches) * args.steps
+    with tqdm(total=total, unit="step", leave=False, disable=total == 1) as bar:
         for batch in batches:
-            pictures = hipa.sample(model, [p for p, _ in batch], [s for _, s in batch], args.steps, args.guidance,
-                                   negative, (width, height), waiting.update)  # fmt: skip
+            words, seeds = zip(*batch)
+            pictures = hipa.sample(
+                model, words, seeds, args.steps, args.guidance, negative, (width, height), progress=bar.update
+            )
             for picture, (prompt, seed) in zip(to_pil(pictures), batch):
-                parameters = prompt + (f"\nNegative prompt: {negative}" if negative else "") + (
-                    f"\nSteps: {args.steps}, Sampler: DPM++ 2M trailing, CFG scale: {args.guidance:g}, Seed: {seed}, "
-                    f"Size: {width}x{height}, Model: {args.model}"
-                )
-                path = save(picture, args.out, f"{seed}-{slug(prompt)}", parameters)
-                with waiting.external_write_mode():
-                    if shown:
-                        show(picture)
-                    print(path, flush=True)
                 of_prompt.append(picture)
+                made = [(picture, f"{seed}-{slug(prompt)}", parameters(prompt, seed))]
                 if len(of_prompt) == args.n:
                     if args.n > 1:
-                        sheet = save(grid(of_prompt), args.out, f"grid-{slug(prompt)}", parameters)
-                        with waiting.external_write_mode():
-                            print(sheet, flush=True)
+                        first = seed - args.n + 1
+                        made.append((grid(of_prompt), f"grid-{slug(prompt)}", parameters(prompt, first)))
                     of_prompt = []
+                with bar.external_write_mode():
+                    if shown:
+                        show(picture)
+                    for each in made:
+                        print(save(each[0], args.out, numbers, *each[1:]), flush=True)
 
 
 def run(main):

@@ -6,6 +6,7 @@ models, such as SDXL's additional embeddings.
 
 B batch, C channels, H and W height and width at the level at hand, L = H*W, S text length, D text width, T time width.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -97,7 +98,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to `context`: to the text (attn2), or, where the two are the same, to itself (attn1)."""
+    """Multi-head attention of x to `context`: to itself (attn1) or to the text (attn2)."""
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
@@ -185,7 +186,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x, size):  # (B, C, H, W) -> (B, C, *size): twice as large, or one less where the encoder rounded up
+    def forward(self, x, size):
+        """(B, C, H, W) -> (B, C, *size): twice as large, or one less where the way down rounded up."""
         return self.conv(F.interpolate(x, size, mode="nearest"))
 
 

@@ -1,10 +1,11 @@
 """AutoencoderKL: a picture (B, 3, H, W) in [-1, 1]  <->  a latent (B, 4, H/8, W/8).
 
-Follows diffusers' `AutoencoderKL` (itself from CompVis' latent-diffusion). Attribute names are the checkpoint's keys, so
-official weights load with strict=True. Left out: tiling, slicing and the other block types diffusers knows.
+Follows diffusers' `AutoencoderKL` (itself from CompVis' latent-diffusion). Attribute names are the checkpoint's keys,
+so official weights load with strict=True. Left out: tiling, slicing and the other block types diffusers knows.
 
 B batch, C channels, H and W height and width at the level at hand, L = H*W.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all positions, with a residual. Unlike the UNet's, its projections have biases."""
+    """Single-head self-attention over all positions, with a residual. Unlike in the UNet, the projections have biases."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -200,12 +201,12 @@ class AutoencoderKL(nn.Module):
         return latent * self.config.scaling_factor
 
     def decode(self, latent):
-        """Scaled latent (B, 4, H/8, W/8) -> picture (B, 3, H, W), about [-1, 1] (not clamped, so losses keep gradients)."""
+        """Scaled latent (B, 4, H/8, W/8) -> picture (B, 3, H, W), about [-1, 1]; unclamped, for losses' gradients."""
         return self.decoder(self.post_quant_conv(latent / self.config.scaling_factor))
 
     @staticmethod
     def rename(state_dict):
-        """Official files of 2022 spell the attention `query key value proj_attn`; today's names for the same tensors."""
+        """Official files of 2022 spell the attention `query key value proj_attn`; this gives today's names."""
         old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
         def new_name(key):

@@ -1,55 +1,57 @@
 """Rebuilds the embedded model from the emoji font: pictures -> VAE -> feature nets -> text encoder + UNet -> `emoji/`.
 
     python emoji/make.py                # everything; continues where it stopped
-    python emoji/make.py --stage vae    # one stage
 
 Nobody needs this to use the project. It runs on a CPU in about three hours and on a GPU in minutes, and needs the font
 "Noto Color Emoji" (Debian: apt-get install fonts-noto-color-emoji; SIL Open Font License). Every stage trains for a
 given time, not for a given number of steps, so that any machine ends with a model as good as its speed allows.
 """
+
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import random
 import sys
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import hipa  # noqa: E402
+from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, Tokenizer, byte_characters  # noqa: E402
+from evaluate import OTHER_VIEWS, REFERENCE_VIEWS, SIZE, EvaluationNet, psnr, read_glyphs, without_article  # noqa: E402
+from losses import VGG, VGGConfig  # noqa: E402
+from sample import to_pil  # noqa: E402
+from unet import UNet2DConditionModel, UNetConfig  # noqa: E402
 from vae import AutoencoderKL, VAEConfig  # noqa: E402
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 FONT_SIZE = 109  # the only size this bitmap font has
-SIZE = 64  # pixels, width and height of a picture
 COLOURS = {
     "red": (229, 57, 53), "orange": (251, 140, 0), "yellow": (253, 216, 53), "green": (67, 160, 71),
     "blue": (66, 133, 244), "purple": (142, 36, 170), "pink": (244, 143, 177), "black": (0, 0, 0),
 }  # fmt: skip
-MINUTES = {"vae": 35, "nets": 3, "unet": 90, "decoder": 12}  # training time by stage
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
-def read_glyphs(path=HERE / "prompts.txt"):
-    """[(glyph, [names])] in the file's order; the position is the class."""
-    lines = [line.split(" ", 1) for line in path.read_text("utf-8").splitlines() if line and not line.startswith("#")]
-    return [(glyph, [name.strip() for name in names.split(",")]) for glyph, names in lines]
-
-
 GLYPHS = read_glyphs()
 
 
-@lru_cache(maxsize=None)
+@cache
 def glyph_picture(glyph):
     """The font's bitmap of `glyph` as RGBA, cropped and centred on a square."""
     canvas = Image.new("RGBA", (160, 160))
@@ -63,7 +65,7 @@ def glyph_picture(glyph):
 
 @dataclass
 class Scene:
-    """What a picture shows: classes with their places (centre x, centre y, size, tilt in degrees), and the background."""
+    """What a picture shows: classes, their places (centre x, centre y, size, tilt in degrees), and the background."""
 
     classes: list
     places: list
@@ -71,10 +73,13 @@ class Scene:
     small: bool = False
 
     @staticmethod
-    def sample(rng):
-        """Three quarters show one glyph, the others a small one or two side by side; two thirds are on plain white."""
-        kind = rng.choices(["one", "small", "two"], [0.74, 0.10, 0.16])[0]
-        background = rng.choice(list(COLOURS)) if rng.random() < 0.33 else None
+    def sample(rng, index=None):
+        """Three quarters show one glyph, the others a small one or two side by side; two thirds are on plain white.
+
+        With an `index`: that class, alone, at the usual size, on white.
+        """
+        kind = rng.choices(["one", "small", "two"], [0.74, 0.10, 0.16])[0] if index is None else "one"
+        background = rng.choice(list(COLOURS)) if index is None and rng.random() < 0.33 else None
         jitter = lambda centre, by: centre + rng.uniform(-by, by)  # noqa: E731
         tilt = lambda: rng.uniform(-10, 10)  # noqa: E731
         if kind == "two":
@@ -82,7 +87,7 @@ class Scene:
             size = rng.uniform(27, 30)
             places = [(jitter(x, 1.5), jitter(32, 4), size, tilt()) for x in (17, 47)]
         else:
-            classes = [rng.randrange(len(GLYPHS))]
+            classes = [rng.randrange(len(GLYPHS)) if index is None else index]
             size, by = (rng.uniform(24, 30), 8) if kind == "small" else (rng.uniform(48, 58), 3)
             places = [(jitter(32, by), jitter(32, by), size, tilt())]
         return Scene(classes, places, background, kind == "small")
@@ -116,11 +121,6 @@ class Scene:
         return text
 
 
-def without_article(name):
-    first, _, rest = name.partition(" ")
-    return rest if first in ("a", "an", "the") else name
-
-
 def with_adjective(adjective, name):
     """("small", "an apple") -> "a small apple"; ("small", "grapes") -> "small grapes"."""
     article = "" if without_article(name) == name else "the " if name.startswith("the ") else "a "
@@ -129,7 +129,8 @@ def with_adjective(adjective, name):
 
 def pictures_of(scenes, desc="drawing"):
     """-> uint8 (N, 3, SIZE, SIZE)"""
-    return torch.from_numpy(np.stack([np.asarray(s.draw()) for s in tqdm(scenes, desc)])).permute(0, 3, 1, 2).contiguous()
+    pictures = np.stack([np.asarray(scene.draw()) for scene in tqdm(scenes, desc)])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 
 def to_unit(pictures):
@@ -213,12 +214,6 @@ def reconstruction_loss(picture, target):
     return error.abs().mean() + 2 * error.square().mean() + 0.5 * gradient_difference(picture, target)
 
 
-def psnr(a, b):
-    """Mean over pictures of the peak signal-to-noise ratio in dB, for pictures (B, 3, H, W) in [-1, 1]."""
-    mse = (a.clamp(-1, 1) - b).square().mean(dim=(1, 2, 3)) / 4  # 4 = (1 - -1)^2
-    return (-10 * mse.log10()).mean().item()
-
-
 def train_vae(device, build, pictures, held_out, minutes):
     torch.manual_seed(0)
     model = AutoencoderKL(VAE).to(device, memory_format=torch.channels_last)
@@ -240,22 +235,304 @@ def train_vae(device, build, pictures, held_out, minutes):
     return fit("vae", model, loss_of, minutes, batches_of(16, pictures), 2e-3, build, report=report)
 
 
+def normalise_latents(vae, mean, std):
+    """Gives the scaled latent's channels, which have this `mean` and `std` (4,), mean 0 and variance 1, by rewriting
+    the two 1x1 convolutions around it. The pictures stay what they were, and the scaling factor that of official models."""
+    k = VAE.scaling_factor
+    mean, std = mean / k, std / k  # of the unscaled latent
+    shift = 2 * torch.log(std * k)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    with torch.no_grad():
+        quant.weight[:4] /= (std * k)[:, None, None, None]
+        quant.bias[:4] = (quant.bias[:4] - mean) / (std * k)
+        quant.bias[4:] -= shift
+        post.bias += post.weight[:, :, 0, 0] @ mean
+        post.weight *= (std * k)[None, :, None, None]
+
+
+@torch.no_grad()
+def encode_all(vae, pictures, device, desc):
+    """Scaled latents (N, 4, 16, 16) of uint8 pictures."""
+    chunks = tqdm(pictures.split(128), desc, unit_scale=128, unit="picture")
+    return torch.cat([vae.encode(to_unit(chunk.to(device))).cpu() for chunk in chunks])
+
+
+# ------------------------------------------------------------------------------------------- feature and evaluation net
+FEATURES = VGGConfig(channels=(16, 32, 64, 96, 128), convs=(2, 2, 2, 2, 2))
+
+
+class Classifier(nn.Module):
+    """The feature net with a head to train it by; only the features are kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.vgg = VGG(FEATURES)
+        self.head = nn.Linear(FEATURES.channels[-1], len(GLYPHS))
+
+    def forward(self, x):
+        return self.head(self.vgg(x)[-1].mean(dim=(2, 3)))
+
+
+def train_nets(device, build, pictures, labels, held_out, held_out_labels, minutes):
+    """Two classifiers of single glyphs, of different shape and seed: one for the loss, one only for measuring."""
+    nets, makers = [], {"features": Classifier, "evaluator": lambda: EvaluationNet(len(GLYPHS))}
+    for seed, (name, make) in enumerate(makers.items()):
+        torch.manual_seed(100 + seed)
+        net = make().to(device, memory_format=torch.channels_last)
+
+        def loss_of(batch, label, net=net):
+            return F.cross_entropy(net(to_unit(batch.to(device))), label.to(device), label_smoothing=0.05)
+
+        @torch.no_grad()
+        def report(average):
+            right = average(to_unit(held_out.to(device))).argmax(1) == held_out_labels.to(device)
+            return f"{100 * right.float().mean():.1f} % of unseen pictures right"
+
+        data = batches_of(32, pictures, labels)
+        nets.append(fit(name, net, loss_of, minutes, data, 2e-3, build, report=report).cpu())
+        print(name, report(nets[-1].to(device)))
+    return nets[0].vgg, nets[1]
+
+
+# ------------------------------------------------------------------------------------------------- text encoder and UNet
+TEXT_LENGTH = 32
+TEXT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH)  # fmt: skip
+UNET = UNetConfig(
+    block_out_channels=(64, 96, 160), layers_per_block=1, norm_num_groups=16, attention_head_dim=4,
+    down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
+    cross_attention_dim=TEXT["hidden_size"], use_linear_projection=True, sample_size=SIZE // VAE.downscale,
+)  # fmt: skip
+SCHEDULE = hipa.Schedule(prediction_type="v_prediction")
+
+
+def train_tokenizer(captions):
+    """Byte-level BPE (Sennrich et al. 2016): merges the most frequent pair until every word is one token."""
+    words = {}
+    for caption in captions:
+        for word in regex.findall(r"\p{L}+|[^\s\p{L}]+", caption.lower()):
+            words[word] = words.get(word, 0) + 1
+    characters = byte_characters()
+    parts = {w: [characters[b] for b in w.encode()] for w in words}
+    parts = {w: [*p[:-1], p[-1] + "</w>"] for w, p in parts.items()}
+    merges = []
+    while True:
+        pairs = {}
+        for word, p in parts.items():
+            for pair in zip(p, p[1:]):
+                pairs[pair] = pairs.get(pair, 0) + words[word]
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for p in parts.values():
+            i = 0
+            while i < len(p) - 1:
+                if (p[i], p[i + 1]) == best:
+                    p[i : i + 2] = [p[i] + p[i + 1]]
+                i += 1
+    alphabet = list(characters.values())
+    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges] + [BEGIN, END]
+    return Tokenizer({token: i for i, token in enumerate(tokens)}, merges, TEXT_LENGTH)
+
+
+def train_unet(device, build, tokenizer, vae, latents, ids, minutes):
+    """Diffusion training (Ho et al. 2020) of UNet and text encoder together, predicting v (Salimans & Ho 2022).
+
+    latents (N, 4, 16, 16); ids (N, K, TEXT_LENGTH): K captions of each. One caption in ten is left empty, for guidance.
+    """
+    torch.manual_seed(0)
+    networks = nn.ModuleDict(
+        {
+            "unet": UNet2DConditionModel(UNET),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer.vocab), **TEXT)),
+        }
+    )
+    for embedding in networks["text_encoder"].text_model.embeddings.children():
+        nn.init.normal_(embedding.weight, std=0.02)
+    networks = networks.to(device, memory_format=torch.channels_last)
+    empty = tokenizer([""])[0].to(device)
+    alphas_cumprod = SCHEDULE.alphas_cumprod.to(device)
+
+    def loss_of(x0, captions):
+        x0, batch = x0.to(device), len(x0)
+        text = captions[torch.arange(batch), torch.randint(captions.shape[1], (batch,))].long().to(device)
+        text[torch.rand(batch, device=device) < 0.1] = empty
+        # One timestep from each of `batch` equal parts of the schedule: less noise in the loss than independent draws.
+        timestep = ((torch.arange(batch, device=device) + torch.rand(batch, device=device)) * 1000 / batch).long()
+        alpha = alphas_cumprod[timestep].sqrt()[:, None, None, None]
+        sigma = (1 - alphas_cumprod[timestep]).sqrt()[:, None, None, None]
+        noise = torch.randn_like(x0)
+        states = networks["text_encoder"](text)
+        prediction = networks["unet"](alpha * x0 + sigma * noise, timestep, states)
+        return F.mse_loss(prediction, alpha * noise - sigma * x0)
+
+    @torch.no_grad()
+    def report(average):
+        """Draws a few prompts into build/unet.png: 25 steps at two strengths of guidance, then one step."""
+        model = assemble(tokenizer, average, vae)
+        prompts = ["a cat", "a red apple", "a small dog", "a cat and a dog", "a rocket", "a tree on a blue background",
+                   "a pizza", "an owl", "a house", "a panda face"]  # fmt: skip
+        seeds = range(len(prompts))
+        rows = [hipa.sample(model, prompts, seeds, steps, guidance) for steps, guidance in ((25, 3), (25, 7.5), (1, 1))]
+        sheet = Image.new("RGB", (SIZE * len(prompts), SIZE * len(rows)))
+        for y, pictures in enumerate(rows):
+            for x, picture in enumerate(to_pil(pictures)):
+                sheet.paste(picture, (SIZE * x, SIZE * y))
+        sheet.save(build / "unet.png")
+        return f"see {build / 'unet.png'}"
+
+    batch = 32 if device == "cpu" else 256
+    data = batches_of(batch, latents, ids)
+    return fit("unet", networks, loss_of, minutes, data, 1e-3, build, ema=0.9995, report=report)
+
+
+def assemble(tokenizer, networks, vae):
+    return hipa.StableDiffusion(tokenizer, networks["text_encoder"], networks["unet"], vae, SCHEDULE)
+
+
+# -------------------------------------------------------------------------------------------------------------- decoder
+def sharpen_decoder(device, build, vae, vgg, pictures, latents, held_out, minutes):
+    """Trains the decoder alone, the latents fixed, with a perceptual term added, so that edges become crisp."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(vae).to(device, memory_format=torch.channels_last).requires_grad_(False)
+    trained = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    vgg = vgg.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def loss_of(batch, latent):
+        target = to_unit(batch.to(device)).contiguous(memory_format=torch.channels_last)
+        # A little noise: the sampler's latents are not exactly those of pictures.
+        picture = model.decode(latent.to(device) + 0.03 * torch.randn(latent.shape, device=device))
+        with torch.no_grad():
+            wanted = vgg(target)
+        perceptual = sum((a - b).abs().mean() / b.abs().mean() for a, b in zip(vgg(picture)[:3], wanted[:3]))
+        return reconstruction_loss(picture, target) + 0.03 * perceptual
+
+    @torch.no_grad()
+    def report(average):
+        target = to_unit(held_out[:128].to(device))
+        return f"PSNR {psnr(average.decode(average.encode(target)), target):.2f} dB on unseen pictures"
+
+    data = batches_of(16, pictures, latents)
+    return fit("decoder", model, loss_of, minutes, data, 1e-3, build, parameters=trained, report=report)
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+def write_renders():
+    """`renders.png`: real pictures of every class, one row each, so that measuring does not need the font."""
+    rng = random.Random(12345)
+    views = REFERENCE_VIEWS + OTHER_VIEWS
+    sheet = Image.new("RGB", (SIZE * views, SIZE * len(GLYPHS)))
+    for index in range(len(GLYPHS)):
+        for k in range(views):
+            sheet.paste(Scene.sample(rng, index).draw(), (SIZE * k, SIZE * index))
+    sheet.save(HERE / "renders.png", optimize=True)
+
+
+def write_json(path, settings):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+
+def write_network(folder, network, config, stem="diffusion_pytorch_model"):
+    """Config and weights, in half precision."""
+    write_json(folder / "config.json", config)
+    tensors = {key: value.half().contiguous() for key, value in network.state_dict().items()}
+    save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
+
+
+def fields(config):
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def export(tokenizer, networks, vae, vgg, evaluator):
+    """Writes the checkpoint in diffusers' layout into this folder."""
+    unet, text_encoder = networks["unet"], networks["text_encoder"]
+    version = {"_diffusers_version": "0.42.1"}
+    write_network(HERE / "unet", unet, {"_class_name": "UNet2DConditionModel", **version, **fields(UNET)})
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    vae_config = {"_class_name": "AutoencoderKL", **version, **fields(VAE), **blocks, "sample_size": SIZE}
+    write_network(HERE / "vae", vae, vae_config)
+    text = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
+    text |= {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
+    write_network(HERE / "text_encoder", text_encoder, {**text, **fields(text_encoder.config)}, "model")
+
+    folder = HERE / "tokenizer"
+    write_json(folder / "vocab.json", tokenizer.vocab)
+    merges = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
+    write_json(folder / "special_tokens_map.json", special)
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, "do_lower_case": True}
+    write_json(folder / "tokenizer_config.json", {**settings, **special})
+
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", **version, **fields(SCHEDULE)}
+    scheduler |= {"beta_schedule": "scaled_linear", "timestep_spacing": "trailing", "steps_offset": 1}
+    write_json(HERE / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        "_class_name": "StableDiffusionPipeline", **version, "requires_safety_checker": False,
+        "feature_extractor": [None, None], "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }  # fmt: skip
+    write_json(HERE / "model_index.json", index)
+
+    write_network(HERE / "features", vgg, fields(FEATURES), "model")
+    write_network(HERE / "evaluator", evaluator, {"channels": [24, 48, 96]}, "model")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", default="all")
-    parser.add_argument("--pictures", type=int, default=40_000, help="training pictures (default %(default)s)")
+    parser.add_argument("--pictures", type=int, default=40_000, help="training pictures (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--build", type=Path, default=HERE / "build", help="folder for what can be continued")
+    parser.add_argument("--build", type=Path, default=HERE / "build", help="what can be gone on with (%(default)s)")
+    stages = ("VAE", "NETS", "UNET", "DECODER")
+    parser.add_argument("--minutes", type=float, nargs=4, default=[35, 3, 90, 12], metavar=stages,
+                        help="training time of each stage; NETS twice (%(default)s)")  # fmt: skip
     args = parser.parse_args()
+    if not Path(FONT).exists():
+        sys.exit(f"error: {FONT} is missing: apt-get install fonts-noto-color-emoji")
     args.build.mkdir(exist_ok=True)
+    vae_minutes, nets_minutes, unet_minutes, decoder_minutes = args.minutes
+    device, build, held = args.device, args.build, 1024
+
     rng = random.Random(0)
-    scenes = [Scene.sample(rng) for _ in range(args.pictures + 1024)]
-    cache = args.build / "pictures.npy"
+    scenes = [Scene.sample(rng) for _ in range(args.pictures + held)]
+    captions = [[scene.caption(rng) for _ in range(4)] for scene in scenes]
+    cache = build / "pictures.npy"
     if not cache.exists():
         np.save(cache, pictures_of(scenes).numpy())
-    pictures = torch.from_numpy(np.load(cache, mmap_mode="c"))
-    pictures, held_out = pictures[:-1024], pictures[-1024:]
-    train_vae(args.device, args.build, pictures, held_out, MINUTES["vae"])
+    everything = torch.from_numpy(np.load(cache, mmap_mode="c"))
+    pictures, held_out = everything[:-held], everything[-held:]
+    vae = train_vae(device, build, pictures, held_out, vae_minutes)
+
+    single = torch.tensor([len(scene.classes) == 1 for scene in scenes])
+    labels = torch.tensor([scene.classes[0] for scene in scenes])
+    train, test = single.clone(), single.clone()
+    train[-held:], test[:-held] = False, False
+    vgg, evaluator = train_nets(
+        device, build, everything[train], labels[train], everything[test], labels[test], nets_minutes
+    )
+
+    cache = build / "latents.pt"
+    if not cache.exists():
+        torch.save(encode_all(vae, pictures, device, "encoding"), cache)
+    latents = torch.load(cache, weights_only=True)
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    normalise_latents(vae.cpu(), mean, std)
+    latents = (latents - mean[:, None, None]) / std[:, None, None]
+    vae = vae.to(device)
+
+    tokenizer = train_tokenizer([caption for group in captions for caption in group])
+    ids = torch.stack([tokenizer(group) for group in captions[:-held]]).short()
+    networks = train_unet(device, build, tokenizer, vae, latents, ids, unet_minutes)
+    vae = sharpen_decoder(device, build, vae, vgg, pictures, latents, held_out, decoder_minutes)
+    export(tokenizer, networks, vae, vgg, evaluator)
+    write_renders()
+    print(f"wrote {HERE}: now `python emoji/evaluate.py`")
 
 
 if __name__ == "__main__":

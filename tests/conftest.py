@@ -2,6 +2,7 @@
 
 Their shapes are chosen to catch mistakes: odd head counts, three levels, widths that differ between levels.
 """
+
 import json
 import sys
 from pathlib import Path
@@ -48,8 +49,14 @@ def write_checkpoint(folder, like="sd15", prediction_type="epsilon"):
     width = 48
     CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=vocab_size, hidden_size=width, intermediate_size=80, num_hidden_layers=3, num_attention_heads=3,
-            hidden_act="gelu" if sd21 else "quick_gelu", bos_token_id=0, eos_token_id=2,
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=80,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            hidden_act="gelu" if sd21 else "quick_gelu",
+            bos_token_id=0,
+            eos_token_id=2,
         )  # fmt: skip
     ).save_pretrained(folder / "text_encoder")
     UNet2DConditionModel(

@@ -1,0 +1,237 @@
+"""Measures pictures of the embedded model's prompts: are they recognised, how far are they from real ones, how sharp?
+
+    python emoji/evaluate.py --steps 25            # the model at 25 steps, beside real pictures and the VAE's copies
+    python emoji/evaluate.py --folder outputs      # any folder of samples (prompts are read from the pictures)
+
+recognition  share of pictures that the evaluation net gives the class of their prompt
+Fréchet      distance between the evaluation net's features of the pictures and of real ones (as FID, with this net)
+edges        high-frequency energy at edges, relative to the VAE's copies of real pictures; 1 is as sharp as they are
+all          the same over all pixels; speckle counts here, so it can be high where edges are soft
+
+The evaluation net is trained by `make.py` on real pictures only. Nothing else is trained with it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import hipa  # noqa: E402
+from sample import run, to_pil, whole  # noqa: E402
+
+SIZE = 64
+REFERENCE_VIEWS, OTHER_VIEWS = 8, 4  # per class in renders.png: to compare with, and as the "real pictures" row
+
+
+# --------------------------------------------------------------------------------------------------------------- nets
+class EvaluationNet(nn.Module):
+    """A small pre-activation residual network, unlike the loss's VGG in kind: strided, normalised, averaged."""
+
+    def __init__(self, classes, channels=(24, 48, 96)):
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels[0], 5, stride=2, padding=2)
+        self.blocks, before = nn.ModuleList(), channels[0]
+        for width in channels:
+            block = nn.ModuleDict(
+                {
+                    "norm1": nn.GroupNorm(8, before), "conv1": nn.Conv2d(before, width, 3, stride=2, padding=1),
+                    "norm2": nn.GroupNorm(8, width), "conv2": nn.Conv2d(width, width, 3, padding=1),
+                    "shortcut": nn.Conv2d(before, width, 2, stride=2),
+                }
+            )  # fmt: skip
+            self.blocks.append(block)
+            before = width
+        self.norm = nn.GroupNorm(8, before)
+        self.head = nn.Linear(before, classes)
+
+    def features(self, x):
+        """Pictures (B, 3, 64, 64) in [-1, 1] -> (B, 96)"""
+        x = self.stem(x)
+        for block in self.blocks:
+            h = block["conv1"](F.silu(block["norm1"](x)))
+            x = block["shortcut"](x) + block["conv2"](F.silu(block["norm2"](h)))
+        return F.silu(self.norm(x)).mean(dim=(2, 3))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def load_evaluation_net(classes, folder=HERE / "evaluator"):
+    net = EvaluationNet(classes)
+    net.load_state_dict({key: value.float() for key, value in load_file(folder / "model.safetensors").items()})
+    return net.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------ prompts
+def read_glyphs(path=HERE / "prompts.txt"):
+    """[(glyph, [names])] in the file's order; the position is the class."""
+    lines = [line.split(" ", 1) for line in path.read_text("utf-8").splitlines() if line and not line.startswith("#")]
+    return [(glyph, [name.strip() for name in names.split(",")]) for glyph, names in lines]
+
+
+def class_of(prompt, glyphs):
+    """The class whose longest name stands in the prompt, or None: "a red apple on blue" -> that of "apple"."""
+    words = f" {prompt.lower()} "
+    names = {without_article(name): index for index, (_, names) in enumerate(glyphs) for name in names}
+    found = [name for name in names if f" {name} " in words]
+    return names[max(found, key=len)] if found else None
+
+
+def without_article(name):
+    first, _, rest = name.partition(" ")
+    return rest if first in ("a", "an", "the") else name
+
+
+def real_pictures(glyphs):
+    """`renders.png` -> reference and other real pictures, each (N, 3, 64, 64) in [-1, 1], with their classes.
+
+    The sheet has one row per class. It is stored so that measuring does not need the font.
+    """
+    sheet = np.asarray(Image.open(HERE / "renders.png").convert("RGB"))
+    tiles = torch.from_numpy(sheet.copy()).reshape(len(glyphs), SIZE, -1, SIZE, 3).permute(0, 2, 4, 1, 3) / 127.5 - 1
+    labels = torch.arange(len(glyphs))
+    reference, other = tiles[:, :REFERENCE_VIEWS], tiles[:, REFERENCE_VIEWS:]
+    return [(part.flatten(0, 1), labels.repeat_interleave(part.shape[1])) for part in (reference, other)]
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+def frechet(a, b):
+    """Fréchet distance between the Gaussians with the means and covariances of features a and b (N, D), Heusel et al.:
+    |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)), where the last trace is that of (A^(1/2) B A^(1/2))^(1/2)."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def high_frequency_energy(pictures, cut=0.25):
+    """Mean square of what lies above `cut` of the Nyquist frequency in (B, 3, H, W): at edges, and over all pixels.
+
+    Edges are the fifth of each picture's pixels where the part BELOW the cut is steepest, so that a blurred picture is
+    asked about its blurred edges and speckle between edges does not count.
+    """
+    grey = pictures.clamp(-1, 1).mean(dim=1)  # (B, H, W)
+    height, width = grey.shape[1:]
+    radius = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None]) * 2  # 1 = Nyquist
+    low = torch.fft.ifft2(torch.fft.fft2(grey) * (radius <= cut)).real
+    energy = (grey - low).square()
+    steepness = torch.hypot(*torch.gradient(low, dim=(1, 2)))
+    edges = steepness >= steepness.flatten(1).quantile(0.8, dim=1)[:, None, None]
+    return energy[edges].mean().item(), energy.mean().item()
+
+
+def psnr(a, b):
+    """Mean over pictures (B, 3, H, W) in [-1, 1] of the peak signal-to-noise ratio, in dB."""
+    mse = (a.clamp(-1, 1) - b).square().mean(dim=(1, 2, 3)) / 4  # 4 = (1 - -1)^2
+    return (-10 * mse.log10()).mean().item()
+
+
+def to_tensor(picture):
+    """PIL picture -> (3, H, W) in [-1, 1]"""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+
+
+class Evaluation:
+    """The real pictures and the evaluation net; `measure` gives one row of figures."""
+
+    def __init__(self, model):
+        self.glyphs = read_glyphs()
+        self.net = load_evaluation_net(len(self.glyphs))
+        (self.reference, self.reference_labels), self.real = real_pictures(self.glyphs)
+        self.reference_features = self.net.features(self.reference)
+        # Encoded and decoded as everything the model draws is: the sharpest it could be.
+        self.copies = torch.cat([model.vae.decode(model.vae.encode(p)) for p in self.real[0].split(32)])
+        self.copies_energy = high_frequency_energy(self.copies)
+
+    def measure(self, pictures, labels):
+        """Pictures (N, 3, 64, 64) in [-1, 1] and their classes (N,) -> [recognition, Fréchet, edges, all]"""
+        pictures = torch.stack([to_tensor(picture) for picture in to_pil(pictures)])  # as a PNG would hold them
+        features = self.net.features(pictures)
+        recognised = (self.net.head(features).argmax(1) == labels).float().mean().item()
+        energy = [e / c for e, c in zip(high_frequency_energy(pictures), self.copies_energy, strict=True)]
+        return [100 * recognised, frechet(features, self.reference_features), *energy]
+
+
+def draw(model, evaluation, steps, guidance, seed, per_class, batch=24):
+    """The model's pictures of every class, `per_class` each, and their classes. Seeds differ between all pictures."""
+    jobs = [(index, names[0]) for index, (_, names) in enumerate(evaluation.glyphs) for _ in range(per_class)]
+    seeds = [1_000_000 * (seed + 1) + k for k in range(len(jobs))]
+    pictures = []
+    with tqdm(total=len(jobs), desc=f"{steps} steps, seed {seed}", unit="picture", leave=False) as bar:
+        for i in range(0, len(jobs), batch):
+            prompts = [name for _, name in jobs[i : i + batch]]
+            pictures.append(hipa.sample(model, prompts, seeds[i : i + batch], steps, guidance))
+            bar.update(len(prompts))
+    return torch.cat(pictures), torch.tensor([index for index, _ in jobs])
+
+
+def row(name, measurements):
+    """One line of the table; over several measurements, mean ± half the spread."""
+    low, high = np.min(measurements, axis=0), np.max(measurements, axis=0)
+    mean = np.mean(measurements, axis=0)
+    formats = ["{:.1f} %", "{:.2f}", "{:.2f}", "{:.2f}"]
+    cells = [
+        f.format(m) + (f" ± {(h - lo) / 2:.{f[3]}f}" if len(measurements) > 1 else "")
+        for f, m, lo, h in zip(formats, mean, low, high, strict=True)
+    ]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=whole(1, 1000), default=25, help="UNet evaluations per picture (%(default)s)")
+    parser.add_argument("--guidance", type=float, help="(default: as sample.py)")
+    parser.add_argument("--seeds", type=whole(1), default=3, help="repetitions, for the spread (%(default)s)")
+    parser.add_argument("--per-class", type=whole(1), default=4, help="pictures of each prompt (%(default)s)")
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--folder", type=Path, help="measure the PNGs in this folder instead of the model's")
+    args = parser.parse_args()
+    model = hipa.load(args.model)
+    evaluation = Evaluation(model)
+    print("| pictures | recognition | Fréchet | edges | all |")
+    print("|---|---|---|---|---|")
+    print(row("real", [evaluation.measure(*evaluation.real)]))
+    quality = psnr(evaluation.copies, evaluation.real[0])
+    print(row(f"through the VAE ({quality:.1f} dB)", [evaluation.measure(evaluation.copies, evaluation.real[1])]))
+    if args.folder:
+        print(row(str(args.folder), [evaluation.measure(*read_folder(args.folder, evaluation.glyphs))]))
+        return
+    guidance = args.guidance if args.guidance is not None else 1.0 if args.steps == 1 else 7.5
+    rows = [
+        evaluation.measure(*draw(model, evaluation, args.steps, guidance, seed, args.per_class))
+        for seed in range(args.seeds)
+    ]
+    print(row(f"{args.steps} step{'s' * (args.steps > 1)}, guidance {guidance:g}", rows))
+
+
+def read_folder(folder, glyphs):
+    """The PNGs in a folder whose prompt names a known class -> pictures (N, 3, 64, 64) in [-1, 1], classes (N,)"""
+    pictures, labels = [], []
+    for path in sorted(folder.glob("*.png")):
+        picture = Image.open(path)
+        prompt = picture.text.get("parameters", "").partition("\n")[0]
+        label = class_of(prompt, glyphs)
+        if label is not None and "-grid-" not in path.name:
+            resized = picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            pictures.append(to_tensor(resized))
+            labels.append(label)
+    if len(pictures) < 2:
+        raise hipa.UserError(f"{folder}: no two PNGs by sample.py whose prompts name a glyph of emoji/prompts.txt")
+    return torch.stack(pictures), torch.tensor(labels)
+
+
+if __name__ == "__main__":
+    run(main)
