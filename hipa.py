@@ -343,7 +343,7 @@ def fetch(repo, name, folder, optional=False, tries=4):
                 etag = headers.get("x-linked-etag", "").strip('"')
                 digest = SHA256.get(repo, {}).get(name) or (etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
                 save(response, part, name, append=response.status == 206)
-            if digest and hashlib.file_digest(open(part, "rb"), "sha256").hexdigest() != digest:
+            if digest and sha256(part) != digest:
                 part.unlink()
                 raise UserError(f"{url}: the file's sha256 is not {digest}; deleted, try again")
             part.rename(folder / name)
@@ -365,6 +365,11 @@ def fetch(repo, name, folder, optional=False, tries=4):
         if attempt < tries:
             time.sleep(attempt * float(os.environ.get("HIPA_RETRY_SECONDS", 1)))
     raise UserError(f"cannot download {url}: {reason}. Without a network, use --model emoji or a local folder")
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(response, part, name, append):

@@ -63,7 +63,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all positions, with a residual. Unlike in the UNet, the projections have biases."""
+    """Single-head self-attention over all positions, with a residual. The projections have biases."""
 
     def __init__(self, channels, groups):
         super().__init__()

@@ -72,6 +72,12 @@ def write_checkpoint(folder, like="sd15", prediction_type="epsilon"):
     DPMSolverMultistepScheduler(
         **SCHEDULE, prediction_type=prediction_type, timestep_spacing="trailing"
     ).save_pretrained(folder / "scheduler")
+    write_index(folder)
+    return folder
+
+
+def write_index(folder):
+    """`model_index.json`: what diffusers makes of the parts."""
     index = {
         "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False,
         "feature_extractor": [None, None], "safety_checker": [None, None],
@@ -80,7 +86,6 @@ def write_checkpoint(folder, like="sd15", prediction_type="epsilon"):
         "vae": ["diffusers", "AutoencoderKL"],
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
 
 
 @pytest.fixture(scope="session", params=["sd15", "sd21"])
