@@ -10,7 +10,9 @@ B batch, H and W the picture's height and width, h and w the latent's.
 """
 
 import dataclasses
+import errno
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -128,7 +130,7 @@ def load(model="emoji", device="cpu", dtype=torch.float32):
 
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'tokenizer'}: no readable tokenizer ({type(error).__name__}: {error})") from None
     parts = StableDiffusion(
         tokenizer=tokenizer,
@@ -137,6 +139,9 @@ def load(model="emoji", device="cpu", dtype=torch.float32):
         unet=network(UNet2DConditionModel, UNetConfig, "unet"),
         vae=network(AutoencoderKL, VAEConfig, "vae"),
     )
+    # The tokenizer's own length can be "no limit", which transformers writes as 1e30.
+    places = parts.text_encoder.config.max_position_embeddings
+    parts.tokenizer.length = min(parts.tokenizer.length, places)
     # At t = 999 an error in epsilon grows 14.65 times in x0: the last layer works in float32 whatever the rest does.
     parts.unet.conv_norm_out.float()
     parts.unet.conv_out.float()
@@ -157,6 +162,8 @@ def read_config(cls, path):
     """A config dataclass from its JSON file. What the code would compute differently is refused, never ignored."""
     try:
         settings = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"{type(settings).__name__} in place of {{...}}")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: not a diffusers checkpoint, or not all of one") from None
     except (OSError, ValueError) as error:
@@ -197,9 +204,11 @@ def read_weights(path):
             head = file.read(64)
         if head.startswith(b"version https://git-lfs"):
             raise UserError(f"{path} is a git-LFS pointer, not weights: run `git lfs pull` in its repository")
-        if head.lstrip()[:1] == b"<":
+        if head[8:9] == b"{":  # a safetensors header; the 8 bytes before it are its length, and can look like anything
+            pass
+        elif head.lstrip()[:1] == b"<":
             raise UserError(f"{path} is an HTML page, not weights: delete it and download again")
-        if head[:2] in (b"PK", b"\x80\x02") or Path(path).suffix in (".bin", ".ckpt", ".pt"):
+        elif head[:2] in (b"PK", b"\x80\x02") or Path(path).suffix in (".bin", ".ckpt", ".pt"):
             raise UserError(f"{path} is a pickle, which can run code when read: get the .safetensors file instead")
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
@@ -252,12 +261,12 @@ WEIGHTS = ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_
 
 def find_checkpoint(model, half=False):
     """The folder of `model`: itself, in the Hugging Face cache, or downloaded into that cache."""
-    place = SHORT_NAMES.get(str(model), model)
-    if Path(place).is_dir():
+    place = str(SHORT_NAMES.get(str(model), model))
+    if os.path.isdir(place):  # not Path.is_dir(), which raises for names the file system cannot hold
         return Path(place)
-    if Path(place).is_file():
+    if os.path.isfile(place):
         raise UserError(f"{place} is a file; --model wants a checkpoint folder in diffusers' layout")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(place)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place):
         choices = f"a folder, a Hugging Face id (org/name), {', '.join(SHORT_NAMES)}"
         raise UserError(f"no model {str(model)!r}: give one of {choices}")
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
@@ -281,7 +290,7 @@ def complete(folder):
 
 def download(repo, cache, half):
     """Fetches what `load` reads of a Hugging Face repo into its cache, weights last. Goes on where it stopped."""
-    commit = fetch(repo, "model_index.json", None)
+    commit = fetch(repo, "model_index.json")
     folder = cache / "snapshots" / commit
     for name in SMALL_FILES:
         fetch(repo, name, folder)
@@ -304,48 +313,59 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None  # the hub's own answer carries the commit and the sha256; the storage behind it does not
 
 
-def fetch(repo, name, folder, optional=False, tries=4):
-    """Downloads one file of `repo` to `folder/name` and returns the commit it is from; folder None: only asks.
+def get(path, start=0):
+    """Asks the hub for `path`, from byte `start` on, and goes where it redirects: -> (response, headers).
 
-    A partial file is gone on with; the sha256 must match; the finished file appears under its name at once or not at
-    all. The token (HF_TOKEN) goes to the hub only, not to where it redirects. Returns None if `optional` and not there.
+    Headers by lower-case name; the first answer's win. The token (HF_TOKEN) goes to the hub only, not on from there.
     """
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    url = f"{endpoint}/{repo}/resolve/main/{name}"
-    if folder is not None and (folder / name).exists():
+    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", endpoint):
+        raise UserError(f"HF_ENDPOINT: {endpoint!r} is no web address; unset it to use huggingface.co")
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch("[!-~]*", token):
+        raise UserError("HF_TOKEN holds characters that no token has")
+    url, headers = f"{endpoint}/{path}", {}
+    for _ in range(5):  # within the hub (a renamed repo), then to its storage
+        request = urllib.request.Request(url, headers={"User-Agent": "hipa"})
+        if token and url.startswith(endpoint + "/"):
+            request.add_header("Authorization", f"Bearer {token}")
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        try:
+            response = urllib.request.build_opener(NoRedirect).open(request, timeout=30)
+            return response, {key.lower(): value for key, value in response.headers.items()} | headers
+        except urllib.error.HTTPError as error:
+            if error.code not in (301, 302, 303, 307, 308):
+                raise
+            headers = {key.lower(): value for key, value in error.headers.items()} | headers
+            url = urllib.parse.urljoin(url, error.headers["Location"])
+            if not url.startswith(("https://", "http://")):  # urllib would open file: too
+                raise UserError(f"{path}: redirected to {url!r}, which is no web address") from None
+    raise UserError(f"{path}: redirected more than 5 times")
+
+
+def fetch(repo, name, folder=None, optional=False, tries=4):
+    """Downloads one file of `repo` to `folder/name`; without a folder, only asks. Returns the commit it is of.
+
+    A partial file is gone on with; the sha256 must match; the finished file appears under its name at once or not at
+    all. Returns None if `optional` and not there.
+    """
+    if folder and (folder / name).exists():
         return folder.name
+    path = f"{repo}/resolve/{folder.name if folder else 'main'}/{name}"
+    part = folder and folder / f"{name}.part"
     for attempt in range(1, tries + 1):
         try:
-            url_now, headers = url, {}
-            for _ in range(5):  # redirects: within the hub (a renamed repo), then to its storage
-                request = urllib.request.Request(url_now, headers={"User-Agent": "hipa"})
-                if os.environ.get("HF_TOKEN") and url_now.startswith(endpoint + "/"):
-                    request.add_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
-                part = folder and folder / f"{name}.part"
-                done = part.stat().st_size if part and part.exists() else 0
-                if done:
-                    request.add_header("Range", f"bytes={done}-")
-                try:
-                    response = urllib.request.build_opener(NoRedirect).open(request, timeout=30)
-                    headers = {**response.headers, **headers}
-                    break
-                except urllib.error.HTTPError as error:
-                    if error.code not in (301, 302, 303, 307, 308):
-                        raise
-                    headers = {**error.headers, **headers}
-                    url_now = urllib.parse.urljoin(url_now, error.headers["Location"])
-            else:
-                raise UserError(f"{url}: redirected more than 5 times")
-            headers = {key.lower(): value for key, value in headers.items()}
+            response, headers = get(path, part.stat().st_size if part and part.exists() else 0)
             with response:
-                if folder is None:
-                    return headers.get("x-repo-commit", "main")
-                etag = headers.get("x-linked-etag", "").strip('"')
-                digest = SHA256.get(repo, {}).get(name) or (etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
+                if not folder:
+                    return re.sub(r"\W", "", headers.get("x-repo-commit", "")) or "main"  # it becomes a folder's name
                 save(response, part, name, append=response.status == 206)
+            etag = headers.get("x-linked-etag", "").strip('"')
+            digest = SHA256.get(repo, {}).get(name) or (etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
             if digest and sha256(part) != digest:
                 part.unlink()
-                raise UserError(f"{url}: the file's sha256 is not {digest}; deleted, try again")
+                raise UserError(f"{path}: the file's sha256 is not {digest}; deleted, try again")
             part.rename(folder / name)
             return folder.name
         except urllib.error.HTTPError as error:
@@ -354,17 +374,18 @@ def fetch(repo, name, folder, optional=False, tries=4):
             elif error.code == 404 and optional:
                 return None
             elif error.code in (401, 403, 404):
-                raise UserError(
-                    f"{url}: HTTP {error.code}; is the name right? Private and gated models need HF_TOKEN"
-                ) from None
+                hint = "is the name right? Private and gated models need HF_TOKEN"
+                raise UserError(f"{path}: HTTP {error.code}; {hint}") from None
             reason = f"HTTP {error.code}"
+        except http.client.HTTPException as error:  # an answer that is not HTTP, or cut short
+            reason = repr(error)
         except (OSError, EOFError) as error:  # no network, a time-out, a cut connection
-            if isinstance(error, OSError) and error.errno == 28:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise UserError(f"no space left on the disk of {folder}") from None
             reason = getattr(error, "reason", None) or error
         if attempt < tries:
             time.sleep(attempt * float(os.environ.get("HIPA_RETRY_SECONDS", 1)))
-    raise UserError(f"cannot download {url}: {reason}. Without a network, use --model emoji or a local folder")
+    raise UserError(f"cannot download {path}: {reason}. Without a network, use --model emoji or a local folder")
 
 
 def sha256(path):

@@ -83,7 +83,7 @@ def read_prompts(path):
     from hipa import UserError
 
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         if path.suffix == ".json":
             captions = {}
             for annotation in json.loads(text)["annotations"]:
@@ -93,7 +93,7 @@ def read_prompts(path):
             prompts = [line.strip() for line in text.splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is neither text with one prompt a line nor a COCO captions file") from None
     if not prompts:
         raise UserError(f"{path} has no prompts in it")
@@ -177,7 +177,6 @@ def main(argv=None):
     prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
     prompts = [clean(prompt) for prompt in prompts]
     negative = clean(args.negative)
-    writable(args.out)
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(d for d in available if available[d]) if args.device == "auto" else args.device
@@ -187,6 +186,7 @@ def main(argv=None):
     dtype = getattr(torch, dtype)
     checkpoint = hipa.find_checkpoint(args.model, half=dtype != torch.float32)
     width, height = hipa.picture_size(checkpoint, args.size)
+    writable(args.out)
     model = hipa.load(checkpoint, device, dtype)
     if args.compile:
         model.unet.compile()
@@ -202,7 +202,7 @@ def main(argv=None):
     jobs = [(prompt, args.seed + k) for k, prompt in enumerate(p for p in prompts for _ in range(args.n))]
     batches = [jobs[i : i + args.batch] for i in range(0, len(jobs), args.batch)]
     numbers = next_numbers(args.out)
-    colours = sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit")
+    colours = sys.stdout and sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit")
     shown = (colours if args.show is None else args.show) and width <= 128
     of_prompt = []  # the current prompt's pictures, for its grid
     total = len(batches) * args.steps
@@ -229,6 +229,8 @@ def main(argv=None):
 
 def run(main):
     """Runs a command line's main(): a user's mistake is one line and exit code 2, an interruption no traceback."""
+    if sys.stdout:  # None where it was closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding cannot spell
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()

@@ -383,4 +383,4 @@ def test_no_network(cache):
 @pytest.mark.parametrize("endpoint", ["nonsense", "http://", "http://a b", "ftp://127.0.0.1:1"])
 def test_an_endpoint_that_is_no_address(cache, monkeypatch, endpoint):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    refuses("HF_ENDPOINT", endpoint)
+    refuses("HF_ENDPOINT", endpoint.rstrip("/"))

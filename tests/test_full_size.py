@@ -6,6 +6,7 @@ of weights, and only one pair is in memory at a time.
 
 import pytest
 import torch
+
 from parity import assert_same, normal, ours_from, randomise, unet_inputs
 from test_official_configs import OFFICIAL, build_theirs
 

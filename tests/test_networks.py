@@ -10,12 +10,12 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from parity import LIMIT, assert_same, normal, ours_from, randomise, unet_inputs
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
 
 import hipa
+from parity import LIMIT, assert_same, normal, ours_from, randomise, unet_inputs
 
 THEIRS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from parity import OURS
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import hipa
+from parity import OURS
 
 OFFICIAL = Path(__file__).parent / "official_configs"
 SIZES = {  # parameters, tensors
