@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer
@@ -54,6 +55,7 @@ class Schedule:
         "rescale_betas_zero_snr": False,
     }
     IGNORED = ...  # everything else configures diffusers' samplers; this file has its own
+    REQUIRED = ("beta_schedule", "beta_start", "beta_end")  # diffusers' defaults for these are not Stable Diffusion's
 
     def __post_init__(self):
         # "scaled_linear": linear in the square root of beta. float32 throughout, as in diffusers.
@@ -76,8 +78,9 @@ class Schedule:
 
     def timesteps(self, steps):
         """`steps` ints from 999 down, "trailing" spacing: the first is always the last one trained on, pure noise."""
-        ratio = self.num_train_timesteps / steps
-        return [round(self.num_train_timesteps - k * ratio) - 1 for k in range(steps)]
+        total = self.num_train_timesteps
+        stride = (total - total / steps) - total  # as np.arange computes it: decides which way diffusers rounds a half
+        return [round(total + k * stride) - 1 for k in range(steps)]
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -122,8 +125,13 @@ def load(model="emoji", device="cpu", dtype=torch.float32):
 
     def network(cls, config_cls, part):
         config = read_config(config_cls, folder / part / "config.json")
-        with torch.device("meta"):
-            net = cls(config)
+        try:
+            with torch.device("meta"), NoInitialisation():
+                net = cls(config)
+        except (ValueError, IndexError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            raise UserError(
+                f"{folder / part / 'config.json'} describes no network that can be built: {error}"
+            ) from None
         path = weights_file(folder / part, dtype != torch.float32)
         assign_weights(net, read_weights(path), path, dtype)
         return net.eval().requires_grad_(False).to(device)
@@ -139,6 +147,9 @@ def load(model="emoji", device="cpu", dtype=torch.float32):
         unet=network(UNet2DConditionModel, UNetConfig, "unet"),
         vae=network(AutoencoderKL, VAEConfig, "vae"),
     )
+    channels = {parts.unet.config.in_channels, parts.unet.config.out_channels, parts.vae.config.latent_channels}
+    if len(channels) > 1:
+        raise UserError(f"{folder}: the UNet is not for this VAE's latents (inpainting UNets are not supported)")
     # The tokenizer's own length can be "no limit", which transformers writes as 1e30.
     places = parts.text_encoder.config.max_position_embeddings
     parts.tokenizer.length = min(parts.tokenizer.length, places)
@@ -146,6 +157,16 @@ def load(model="emoji", device="cpu", dtype=torch.float32):
     parts.unet.conv_norm_out.float()
     parts.unet.conv_out.float()
     return parts
+
+
+class NoInitialisation(TorchFunctionMode):
+    """In this context new layers are not filled with random numbers: the checkpoint's tensors take their place anyway,
+    and on the "meta" device torch would import its compiler for it, which takes longer than everything else here."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def picture_size(folder, size=None):
@@ -168,7 +189,10 @@ def read_config(cls, path):
         raise UserError(f"{path} is missing: not a diffusers checkpoint, or not all of one") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from None
-    fields = {field.name for field in dataclasses.fields(cls)}
+    missing = [key for key in getattr(cls, "REQUIRED", ()) if key not in settings]
+    if missing:
+        raise UserError(f"{path} does not say {', '.join(missing)}")
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     values = {}
     for key, value in settings.items():
         if key in cls.FIXED:
@@ -176,11 +200,15 @@ def read_config(cls, path):
             given = value if isinstance(value, list) else [value]
             if not all(v in allowed for v in given):
                 raise UserError(f"{path}: {key} = {value!r} is not supported, only {', '.join(map(repr, allowed))}")
-        elif key not in fields and not key.startswith("_") and cls.IGNORED is not ...:
+        elif key not in defaults and not key.startswith("_") and cls.IGNORED is not ...:
             if key not in cls.IGNORED and value not in (None, False):
                 raise UserError(f"{path}: {key} = {value!r} is not supported (SDXL and other families are not)")
-        if key in fields and value is not None:
-            values[key] = tuple(value) if isinstance(value, list) else value
+        if key in defaults:
+            value = tuple(value) if isinstance(value, list) else value
+            kinds = {int, tuple} if key == "attention_head_dim" else {type(defaults[key])}
+            if type(value) not in (kinds | {int} if float in kinds else kinds):
+                raise UserError(f"{path}: {key} = {value!r} is not supported, only a value like {defaults[key]!r}")
+            values[key] = value
     return cls(**values)
 
 

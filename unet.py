@@ -57,6 +57,8 @@ class UNetConfig:
     # the other has no effect without an `addition_embed_type`, which is refused.
     IGNORED = {"upcast_attention", "addition_embed_type_num_heads"}
 
+    REQUIRED = ("cross_attention_dim",)  # diffusers' default is not Stable Diffusion's
+
     def heads(self, level):
         return self.attention_head_dim if isinstance(self.attention_head_dim, int) else self.attention_head_dim[level]
 
@@ -102,6 +104,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"{dim} channels do not divide into {heads} heads")
         self.heads = heads
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)

@@ -2,6 +2,7 @@
 
     python emoji/make.py                                                      # goes on where it stopped
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 emoji/make.py --device cpu  # on 2 CPU cores a quarter faster
+    python emoji/make.py --improve 60   # another hour for the UNet that is there
 
 Nobody needs this to use the project. It runs on a CPU in about three hours and on a GPU in minutes, and needs the font
 "Noto Color Emoji" (Debian: apt-get install fonts-noto-color-emoji; SIL Open Font License). Every stage trains for a
@@ -183,7 +184,7 @@ def fit(name, model, loss_of, minutes, batches, lr, build, parameters=None, ema=
 
     total = round(minutes * 60)
     bar = tqdm(total=total, initial=round(seconds), desc=name, unit="s", mininterval=5, disable=RANK > 0)
-    last, saved, running = time.time(), time.time(), None
+    last, saved, reported, running = time.time(), time.time(), time.time(), None
     while seconds < minutes * 60:
         done = seconds / (minutes * 60)
         for group in optimizer.param_groups:
@@ -215,7 +216,8 @@ def fit(name, model, loss_of, minutes, batches, lr, build, parameters=None, ema=
         bar.set_postfix(step=step, loss=f"{running:.4f}", refresh=False)
         if now - saved > 120:
             save()
-            if report and not RANK:
+            if report and not RANK and now - reported > 900:
+                reported = now
                 tqdm.write(f"{name} {seconds / 60:.1f} min, step {step}, loss {running:.4f}: {report(average)}")
             last = saved = time.time()  # reporting does not count as training
     bar.close()
@@ -369,10 +371,11 @@ def train_tokenizer(captions):
     return Tokenizer({token: i for i, token in enumerate(tokens)}, merges, TEXT_LENGTH)
 
 
-def train_unet(device, build, tokenizer, vae, latents, ids, minutes):
+def train_unet(device, build, tokenizer, vae, latents, ids, minutes, start=None):
     """Diffusion training (Ho et al. 2020) of UNet and text encoder together, predicting v (Salimans & Ho 2022).
 
     latents (N, 4, 16, 16); ids (N, K, TEXT_LENGTH): K captions of each. One caption in ten is left empty, for guidance.
+    `start`: a model to go on from, at half the learning rate.
     """
     torch.manual_seed(0)
     networks = nn.ModuleDict(
@@ -383,6 +386,9 @@ def train_unet(device, build, tokenizer, vae, latents, ids, minutes):
     )
     for embedding in networks["text_encoder"].text_model.embeddings.children():
         nn.init.normal_(embedding.weight, std=0.02)
+    if start:
+        networks["unet"].load_state_dict(start.unet.state_dict())
+        networks["text_encoder"].load_state_dict(start.text_encoder.state_dict())
     networks = networks.to(device, memory_format=torch.channels_last)
     empty = tokenizer([""])[0].to(device)
     alphas_cumprod = SCHEDULE.alphas_cumprod.to(device)
@@ -416,8 +422,10 @@ def train_unet(device, build, tokenizer, vae, latents, ids, minutes):
         return f"see {build / 'unet.png'}"
 
     batch = 16 if device == "cpu" else 256
-    data = batches_of(batch, latents, ids)
-    return fit("unet", networks, loss_of, minutes, data, 1e-3, build, report=report)
+    # A CPU has no time for more views of each glyph than these; a GPU sees them all.
+    some = slice(10_000 if device == "cpu" else None)
+    data, name, rate = batches_of(batch, latents[some], ids[some]), *(("improved", 5e-4) if start else ("unet", 1e-3))
+    return fit(name, networks, loss_of, minutes, data, rate, build, report=report)
 
 
 def assemble(tokenizer, networks, vae):
@@ -480,17 +488,23 @@ def fields(config):
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
-def export(tokenizer, networks, vae, vgg, evaluator):
-    """Writes the checkpoint in diffusers' layout into this folder."""
-    unet, text_encoder = networks["unet"], networks["text_encoder"]
-    version = {"_diffusers_version": "0.42.1"}
-    write_network(HERE / "unet", unet, {"_class_name": "UNet2DConditionModel", **version, **fields(UNET)})
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
-    vae_config = {"_class_name": "AutoencoderKL", **version, **fields(VAE), **blocks, "sample_size": SIZE}
-    write_network(HERE / "vae", vae, vae_config)
+VERSION = {"_diffusers_version": "0.42.1"}
+
+
+def export_unet(networks, tokenizer):
+    write_network(HERE / "unet", networks["unet"], {"_class_name": "UNet2DConditionModel", **VERSION, **fields(UNET)})
     text = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
     text |= {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
-    write_network(HERE / "text_encoder", text_encoder, {**text, **fields(text_encoder.config)}, "model")
+    text |= fields(networks["text_encoder"].config)
+    write_network(HERE / "text_encoder", networks["text_encoder"], text, "model")
+
+
+def export(tokenizer, networks, vae, vgg, evaluator):
+    """Writes the checkpoint in diffusers' layout into this folder."""
+    export_unet(networks, tokenizer)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    vae_config = {"_class_name": "AutoencoderKL", **VERSION, **fields(VAE), **blocks, "sample_size": SIZE}
+    write_network(HERE / "vae", vae, vae_config)
 
     folder = HERE / "tokenizer"
     write_json(folder / "vocab.json", tokenizer.vocab)
@@ -501,11 +515,11 @@ def export(tokenizer, networks, vae, vgg, evaluator):
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, "do_lower_case": True}
     write_json(folder / "tokenizer_config.json", {**settings, **special})
 
-    scheduler = {"_class_name": "DPMSolverMultistepScheduler", **version, **fields(SCHEDULE)}
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", **VERSION, **fields(SCHEDULE)}
     scheduler |= {"beta_schedule": "scaled_linear", "timestep_spacing": "trailing", "steps_offset": 1}
     write_json(HERE / "scheduler" / "scheduler_config.json", scheduler)
     index = {
-        "_class_name": "StableDiffusionPipeline", **version, "requires_safety_checker": False,
+        "_class_name": "StableDiffusionPipeline", **VERSION, "requires_safety_checker": False,
         "feature_extractor": [None, None], "safety_checker": [None, None],
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
@@ -525,6 +539,7 @@ def main():
     stages = ("VAE", "NETS", "UNET", "DECODER")
     parser.add_argument("--minutes", type=float, nargs=4, default=[35, 3, 90, 10], metavar=stages,
                         help="training time of each stage; NETS twice (%(default)s)")  # fmt: skip
+    parser.add_argument("--improve", type=float, metavar="MINUTES", help="only train the UNet that is there further")
     args = parser.parse_args()
     if not Path(FONT).exists():
         sys.exit(f"error: {FONT} is missing: apt-get install fonts-noto-color-emoji")
@@ -539,8 +554,17 @@ def main():
     captions = [[scene.caption(rng) for _ in range(4)] for scene in scenes]
     everything = cached(build / "pictures.pt", lambda: pictures_of(scenes))
     pictures, held_out = everything[:-held], everything[-held:]
-    vae = train_vae(device, build, pictures, held_out, vae_minutes)
 
+    if args.improve:
+        model = hipa.load("emoji", device)
+        latents = encode_all(model.vae, pictures, device, "encoding")
+        ids = torch.stack([model.tokenizer(group) for group in captions[:-held]]).short()
+        networks = train_unet(device, build, model.tokenizer, model.vae, latents, ids, args.improve, start=model)
+        if not RANK:
+            export_unet(networks, model.tokenizer)
+        return
+
+    vae = train_vae(device, build, pictures, held_out, vae_minutes)
     single = torch.tensor([len(scene.classes) == 1 for scene in scenes])
     labels = torch.tensor([scene.classes[0] for scene in scenes])
     train, test = single.clone(), single.clone()
@@ -557,9 +581,7 @@ def main():
 
     tokenizer = train_tokenizer([caption for group in captions for caption in group])
     ids = torch.stack([tokenizer(group) for group in captions[:-held]]).short()
-    # A CPU has no time for more views of each glyph than these; a GPU sees them all.
-    some = slice(10_000 if device == "cpu" else None)
-    networks = train_unet(device, build, tokenizer, vae, latents[some], ids[some], unet_minutes)
+    networks = train_unet(device, build, tokenizer, vae, latents, ids, unet_minutes)
     vae = sharpen_decoder(device, build, vae, vgg, pictures, latents, held_out, decoder_minutes)
     if not RANK:
         export(tokenizer, networks, vae, vgg, evaluator)

@@ -90,7 +90,7 @@ def bench_forward(name, folder, batch, side, rounds):
 
 
 LOAD = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch
 kind, folder = sys.argv[1:]
 if kind == "ours":
@@ -98,7 +98,9 @@ if kind == "ours":
     import hipa
 else:
     from diffusers import StableDiffusionPipeline
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # in bytes; Linux. Not getrusage's ru_maxrss, which a process inherits from the one that starts it
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
 start = time.perf_counter()
 if kind == "ours":
     model = hipa.load(folder)
@@ -107,7 +109,7 @@ else:
 parameters = [p for net in (model.unet, model.vae, model.text_encoder) for p in net.parameters()]
 total = sum(p.detach().sum() for p in parameters)  # touches every weight: a mapped page not yet read is no page loaded
 seconds = time.perf_counter() - start
-used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+used = peak() - before
 print(json.dumps([seconds, used / sum(p.numel() * p.element_size() for p in parameters)]))
 """
 
