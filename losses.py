@@ -16,9 +16,6 @@ class VGGConfig:
     channels: tuple[int, ...] = (64, 128, 256, 512, 512)
     convs: tuple[int, ...] = (2, 2, 3, 3, 3)
 
-    FIXED = {}
-    IGNORED = set()
-
 
 class VGG(nn.Module):
     """The convolutional part of VGG; keys are torchvision's `features.<index>.weight`."""

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help shows all options)\n")
     parser.add_argument("prompt", nargs="?", help='what to draw; "" draws without a prompt')
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="one prompt a line, or a COCO captions file (.json)"
@@ -50,8 +52,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.prompt is None) == (args.prompts is None):
         parser.error("give one prompt or --prompts FILE")
-    if args.guidance is None:
-        args.guidance = 1.0 if args.steps == 1 else 7.5
     return args
 
 
@@ -153,11 +153,11 @@ def to_pil(pictures):
     return [Image.fromarray(a) for a in array]
 
 
-def grid(pictures):
-    """PIL pictures of one size -> one picture, about square, filled row by row."""
+def grid(pictures, columns=None):
+    """PIL pictures of one size -> one picture, filled row by row; about square, or of so many columns."""
     from PIL import Image
 
-    columns = round(len(pictures) ** 0.5 + 0.499)
+    columns = columns or math.ceil(len(pictures) ** 0.5)
     width, height = pictures[0].size
     sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
     for k, picture in enumerate(pictures):
@@ -184,9 +184,10 @@ def main(argv=None):
         raise hipa.UserError(f"--device {device}: not available here; try --device cpu")
     dtype = args.dtype if args.dtype != "auto" else "float16" if device == "cuda" else "float32"
     dtype = getattr(torch, dtype)
+    guidance = hipa.default_guidance(args.steps) if args.guidance is None else args.guidance
+    writable(args.out)
     checkpoint = hipa.find_checkpoint(args.model, half=dtype != torch.float32)
     width, height = hipa.picture_size(checkpoint, args.size)
-    writable(args.out)
     model = hipa.load(checkpoint, device, dtype)
     if args.compile:
         model.unet.compile()
@@ -195,7 +196,7 @@ def main(argv=None):
     def parameters(prompt, seed):
         """What a picture was made from, in the words image viewers know from other Stable Diffusion programs."""
         lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
-        settings = f"Steps: {args.steps}, Sampler: DPM++ 2M trailing, CFG scale: {args.guidance:g}, Seed: {seed}"
+        settings = f"Steps: {args.steps}, Sampler: DPM++ 2M trailing, CFG scale: {guidance:g}, Seed: {seed}"
         return "\n".join([*lines, f"{settings}, Size: {width}x{height}, Model: {args.model}"])
 
     # Each picture's prompt and seed, in order; a batch is a slice of this list.
@@ -203,14 +204,14 @@ def main(argv=None):
     batches = [jobs[i : i + args.batch] for i in range(0, len(jobs), args.batch)]
     numbers = next_numbers(args.out)
     colours = sys.stdout and sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit")
-    shown = (colours if args.show is None else args.show) and width <= 128
+    shown = colours and width <= 128 if args.show is None else args.show
     of_prompt = []  # the current prompt's pictures, for its grid
     total = len(batches) * args.steps
     with tqdm(total=total, unit="step", leave=False, disable=total == 1) as bar:
         for batch in batches:
             words, seeds = zip(*batch)
             pictures = hipa.sample(
-                model, words, seeds, args.steps, args.guidance, negative, (width, height), progress=bar.update
+                model, words, seeds, args.steps, guidance, negative, (width, height), progress=bar.update
             )
             for picture, (prompt, seed) in zip(to_pil(pictures), batch):
                 of_prompt.append(picture)
@@ -222,7 +223,7 @@ def main(argv=None):
                     of_prompt = []
                 with bar.external_write_mode():
                     if shown:
-                        show(picture)
+                        show(picture.reduce(-(-width // 128)) if width > 128 else picture)
                     for each in made:
                         print(save(each[0], args.out, numbers, *each[1:]), flush=True)
 

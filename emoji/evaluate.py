@@ -12,6 +12,7 @@ The evaluation net is trained by `make.py` on real pictures only. Nothing else i
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import hipa  # noqa: E402
-from sample import run, to_pil, whole  # noqa: E402
+from sample import number, run, to_pil, whole  # noqa: E402
 
 SIZE = 64
 REFERENCE_VIEWS, OTHER_VIEWS = 8, 4  # per class in renders.png: to compare with, and as the "real pictures" row
@@ -80,11 +81,12 @@ def read_glyphs(path=HERE / "prompts.txt"):
 
 
 def class_of(prompt, glyphs):
-    """The class whose longest name stands in the prompt, or None: "a red apple on blue" -> that of "apple"."""
-    words = f" {prompt.lower()} "
-    names = {without_article(name): index for index, (_, names) in enumerate(glyphs) for name in names}
-    found = [name for name in names if f" {name} " in words]
-    return names[max(found, key=len)] if found else None
+    """The class that the prompt names, or None if it names none or several: "a red apple on blue" -> the apple's."""
+    text = re.split(r" on (?:an? )?\w+(?: background)?$", prompt.lower())[0]
+    classes = {without_article(name): index for index, (_, names) in enumerate(glyphs) for name in names}
+    found = [name for name in classes if re.search(rf"\b{re.escape(name)}\b", text)]
+    found = {classes[name] for name in found if not any(name != other and name in other for other in found)}
+    return found.pop() if len(found) == 1 else None
 
 
 def without_article(name):
@@ -146,11 +148,15 @@ def to_tensor(picture):
 class Evaluation:
     """The real pictures and the evaluation net; `measure` gives one row of figures."""
 
-    def __init__(self, model):
+    def __init__(self, model, per_class=OTHER_VIEWS):
+        """`per_class`: how many real pictures of each class make the "real" row; as many as will be drawn, because the
+        Fréchet distance of few pictures is larger."""
         self.glyphs = read_glyphs()
         self.net = load_evaluation_net(len(self.glyphs))
-        (self.reference, self.reference_labels), self.real = real_pictures(self.glyphs)
-        self.reference_features = self.net.features(self.reference)
+        (reference, _), (pictures, labels) = real_pictures(self.glyphs)
+        self.reference_features = self.net.features(reference)
+        some = torch.arange(len(labels)) % OTHER_VIEWS < per_class
+        self.real = pictures[some], labels[some]
         # Encoded and decoded as everything the model draws is: the sharpest it could be.
         self.copies = torch.cat([model.vae.decode(model.vae.encode(p)) for p in self.real[0].split(32)])
         self.copies_energy = high_frequency_energy(self.copies)
@@ -158,7 +164,7 @@ class Evaluation:
     def measure(self, pictures, labels):
         """Pictures (N, 3, 64, 64) in [-1, 1] and their classes (N,) -> [recognition, Fréchet, edges, all]"""
         pictures = torch.stack([to_tensor(picture) for picture in to_pil(pictures)])  # as a PNG would hold them
-        features = self.net.features(pictures)
+        features = torch.cat([self.net.features(part) for part in pictures.split(256)])
         recognised = (self.net.head(features).argmax(1) == labels).float().mean().item()
         energy = [e / c for e, c in zip(high_frequency_energy(pictures), self.copies_energy, strict=True)]
         return [100 * recognised, frechet(features, self.reference_features), *energy]
@@ -193,14 +199,16 @@ def row(name, measurements):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=whole(1, 1000), default=25, help="UNet evaluations per picture (%(default)s)")
-    parser.add_argument("--guidance", type=float, help="(default: as sample.py)")
+    parser.add_argument("--guidance", type=number, help="(default: as sample.py)")
     parser.add_argument("--seeds", type=whole(1), default=3, help="repetitions, for the spread (%(default)s)")
-    parser.add_argument("--per-class", type=whole(1), default=4, help="pictures of each prompt (%(default)s)")
+    parser.add_argument(
+        "--per-class", type=whole(1, OTHER_VIEWS), default=2, help="pictures of each prompt, at most 4 (%(default)s)"
+    )
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--folder", type=Path, help="measure the PNGs in this folder instead of the model's")
     args = parser.parse_args()
     model = hipa.load(args.model)
-    evaluation = Evaluation(model)
+    evaluation = Evaluation(model, args.per_class)
     print("| pictures | recognition | Fréchet | edges | all |")
     print("|---|---|---|---|---|")
     print(row("real", [evaluation.measure(*evaluation.real)]))
@@ -209,7 +217,7 @@ def main():
     if args.folder:
         print(row(str(args.folder), [evaluation.measure(*read_folder(args.folder, evaluation.glyphs))]))
         return
-    guidance = args.guidance if args.guidance is not None else 1.0 if args.steps == 1 else 7.5
+    guidance = hipa.default_guidance(args.steps) if args.guidance is None else args.guidance
     rows = [
         evaluation.measure(*draw(model, evaluation, args.steps, guidance, seed, args.per_class))
         for seed in range(args.seeds)
@@ -219,6 +227,8 @@ def main():
 
 def read_folder(folder, glyphs):
     """The PNGs in a folder whose prompt names a known class -> pictures (N, 3, 64, 64) in [-1, 1], classes (N,)"""
+    if not folder.is_dir():
+        raise hipa.UserError(f"{folder} is not a folder")
     pictures, labels = [], []
     for path in sorted(folder.glob("*.png")):
         picture = Image.open(path)

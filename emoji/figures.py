@@ -3,14 +3,13 @@
 import sys
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import hipa  # noqa: E402
-from sample import to_pil  # noqa: E402
+from sample import grid, to_pil  # noqa: E402
 
 DOCS = HERE.parent / "docs"
 PROMPTS = [
@@ -19,15 +18,13 @@ PROMPTS = [
 ]  # fmt: skip
 
 
-def strip(path, seed=0, scale=2):
-    """One column a prompt: 25 steps above, one step from the same noise below."""
-    model = hipa.load("emoji")
-    seeds = [seed + k for k in range(len(PROMPTS))]
-    rows = [hipa.sample(model, PROMPTS, seeds, steps, guidance) for steps, guidance in ((25, 7.5), (1, 1))]
-    # (rows, columns, 3, H, W) -> one picture
-    sheet = to_pil(torch.stack(rows).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)[None])[0]
+def strip(path):
+    """One column a prompt: 25 steps above, one step from the same noise below; twice as large as drawn."""
+    model, seeds = hipa.load("emoji"), range(len(PROMPTS))
+    pictures = [picture for steps in (25, 1) for picture in to_pil(hipa.sample(model, PROMPTS, seeds, steps))]
+    sheet = grid(pictures, columns=len(PROMPTS))
     path.parent.mkdir(exist_ok=True)
-    sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
+    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(path, optimize=True)
     print(path)
 
 

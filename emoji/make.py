@@ -1,17 +1,18 @@
 """Rebuilds the embedded model from the emoji font: pictures -> VAE -> feature nets -> text encoder + UNet -> `emoji/`.
 
-    python emoji/make.py                                                      # goes on where it stopped
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 emoji/make.py --device cpu  # on 2 CPU cores a quarter faster
+    python emoji/make.py               # goes on where it stopped
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 emoji/make.py --device cpu  # 2 CPU cores: a quarter faster
     python emoji/make.py --improve 60   # another hour for the UNet that is there
 
-Nobody needs this to use the project. It runs on a CPU in about three hours and on a GPU in minutes, and needs the font
-"Noto Color Emoji" (Debian: apt-get install fonts-noto-color-emoji; SIL Open Font License). Every stage trains for a
-given time, not for a given number of steps, so that any machine ends with a model as good as its speed allows.
+Nobody needs this to use the project. It takes about three hours on two CPU cores, half an hour on a GPU, and needs
+the font "Noto Color Emoji" (Debian: apt-get install fonts-noto-color-emoji; SIL Open Font License). Every stage trains
+for a given time, not for a number of steps, so that any machine ends with a model as good as its speed allows.
 """
 
 import argparse
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -40,7 +41,7 @@ import hipa  # noqa: E402
 from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, Tokenizer, byte_characters  # noqa: E402
 from evaluate import OTHER_VIEWS, REFERENCE_VIEWS, SIZE, EvaluationNet, psnr, read_glyphs, without_article  # noqa: E402
 from losses import VGG, VGGConfig  # noqa: E402
-from sample import to_pil  # noqa: E402
+from sample import grid, to_pil  # noqa: E402
 from unet import UNet2DConditionModel, UNetConfig  # noqa: E402
 from vae import AutoencoderKL, VAEConfig  # noqa: E402
 
@@ -120,7 +121,8 @@ class Scene:
         if rng.random() < 0.1:
             text = rng.choice(["a picture of ", "an emoji of ", "a drawing of "]) + text
         if self.background:
-            text += rng.choice([" on a {} background"] * 3 + [" on {}"]).format(self.background)
+            article = "an" if self.background == "orange" else "a"
+            text += rng.choice([f" on {article} {{}} background"] * 3 + [" on {}"]).format(self.background)
         elif rng.random() < 0.1:
             text += " on a white background"
         return text
@@ -151,7 +153,7 @@ def cached(path, make):
     """What make() returns, kept in `path` for the next run and for the other processes."""
     if not path.exists() and not RANK:
         torch.save(make(), path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
+        path.with_suffix(".part").replace(path)
     if WORLD > 1:
         dist.barrier()
     return torch.load(path, weights_only=True, mmap=True)
@@ -180,7 +182,7 @@ def fit(name, model, loss_of, minutes, batches, lr, build, parameters=None, ema=
             return
         state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save({**state, "step": step, "seconds": seconds}, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
+        path.with_suffix(".part").replace(path)
 
     total = round(minutes * 60)
     bar = tqdm(total=total, initial=round(seconds), desc=name, unit="s", mininterval=5, disable=RANK > 0)
@@ -194,6 +196,8 @@ def fit(name, model, loss_of, minutes, batches, lr, build, parameters=None, ema=
             raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
         loss.backward()
+        now = time.time()
+        seconds, last = seconds + min(now - last, 10), now  # a process that was stopped for a while did not train
         if WORLD > 1:  # the clock is averaged too, so that all stop after the same step
             flat = torch.cat(
                 [p.grad.flatten() for p in parameters] + [torch.tensor([seconds], device=parameters[0].device)]
@@ -210,8 +214,6 @@ def fit(name, model, loss_of, minutes, batches, lr, build, parameters=None, ema=
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         step += 1
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        now = time.time()
-        seconds, last = seconds + min(now - last, 10), now  # a process that was stopped for a while did not train
         bar.update(round(seconds) - bar.n)
         bar.set_postfix(step=step, loss=f"{running:.4f}", refresh=False)
         if now - saved > 120:
@@ -266,7 +268,9 @@ def train_vae(device, build, pictures, held_out, minutes):
         target = to_unit(held_out[:128].to(device))
         return f"PSNR {psnr(average.decode(average.encode(target)), target):.2f} dB on unseen pictures"
 
-    return fit("vae", model, loss_of, minutes, batches_of(16, pictures), 2e-3, build, report=report)
+    return fit(
+        "vae", model, loss_of, minutes, batches_of(16 if device == "cpu" else 128, pictures), 2e-3, build, report=report
+    )
 
 
 def normalise_latents(vae, mean, std):
@@ -322,7 +326,7 @@ def train_nets(device, build, pictures, labels, held_out, held_out_labels, minut
             right = average(to_unit(held_out.to(device))).argmax(1) == held_out_labels.to(device)
             return f"{100 * right.float().mean():.1f} % of unseen pictures right"
 
-        data = batches_of(32, pictures, labels)
+        data = batches_of(32 if device == "cpu" else 256, pictures, labels)
         nets.append(fit(name, net, loss_of, minutes, data, 2e-3, build, report=report).cpu())
         if not RANK:
             print(name, report(nets[-1].to(device)))
@@ -398,7 +402,11 @@ def train_unet(device, build, tokenizer, vae, latents, ids, minutes, start=None)
         text = captions[torch.arange(batch), torch.randint(captions.shape[1], (batch,))].long().to(device)
         text[torch.rand(batch, device=device) < 0.1] = empty
         # One timestep from each of `batch` equal parts of the schedule: less noise in the loss than independent draws.
-        timestep = ((torch.arange(batch, device=device) + torch.rand(batch, device=device)) * 1000 / batch).long()
+        timestep = (
+            (torch.arange(batch, device=device) + torch.rand(batch, device=device))
+            * SCHEDULE.num_train_timesteps
+            / batch
+        ).long()
         alpha = alphas_cumprod[timestep].sqrt()[:, None, None, None]
         sigma = (1 - alphas_cumprod[timestep]).sqrt()[:, None, None, None]
         noise = torch.randn_like(x0)
@@ -414,11 +422,7 @@ def train_unet(device, build, tokenizer, vae, latents, ids, minutes, start=None)
                    "a pizza", "an owl", "a house", "a panda face"]  # fmt: skip
         seeds = range(len(prompts))
         rows = [hipa.sample(model, prompts, seeds, steps, guidance) for steps, guidance in ((25, 3), (25, 7.5), (1, 1))]
-        sheet = Image.new("RGB", (SIZE * len(prompts), SIZE * len(rows)))
-        for y, pictures in enumerate(rows):
-            for x, picture in enumerate(to_pil(pictures)):
-                sheet.paste(picture, (SIZE * x, SIZE * y))
-        sheet.save(build / "unet.png")
+        grid([picture for row in rows for picture in to_pil(row)], columns=len(prompts)).save(build / "unet.png")
         return f"see {build / 'unet.png'}"
 
     batch = 16 if device == "cpu" else 256
@@ -456,7 +460,7 @@ def sharpen_decoder(device, build, vae, vgg, pictures, latents, held_out, minute
         target = to_unit(held_out[:128].to(device))
         return f"PSNR {psnr(average.decode(average.encode(target)), target):.2f} dB on unseen pictures"
 
-    data = batches_of(16, pictures, latents)
+    data = batches_of(16 if device == "cpu" else 128, pictures, latents)
     return fit("decoder", model, loss_of, minutes, data, 1e-3, build, parameters=trained, report=report)
 
 
@@ -465,11 +469,8 @@ def write_renders():
     """`renders.png`: real pictures of every class, one row each, so that measuring does not need the font."""
     rng = random.Random(12345)
     views = REFERENCE_VIEWS + OTHER_VIEWS
-    sheet = Image.new("RGB", (SIZE * views, SIZE * len(GLYPHS)))
-    for index in range(len(GLYPHS)):
-        for k in range(views):
-            sheet.paste(Scene.sample(rng, index).draw(), (SIZE * k, SIZE * index))
-    sheet.save(HERE / "renders.png", optimize=True)
+    pictures = [Scene.sample(rng, index).draw() for index in range(len(GLYPHS)) for _ in range(views)]
+    grid(pictures, columns=views).save(HERE / "renders.png", optimize=True)
 
 
 def write_json(path, settings):
@@ -478,8 +479,13 @@ def write_json(path, settings):
 
 
 def write_network(folder, network, config, stem="diffusion_pytorch_model"):
-    """Config and weights, in half precision."""
     write_json(folder / "config.json", config)
+    write_weights(folder, network, stem)
+
+
+def write_weights(folder, network, stem):
+    """In half precision: a hundredth of a grey level, for half the bytes."""
+    folder.mkdir(exist_ok=True)
     tensors = {key: value.half().contiguous() for key, value in network.state_dict().items()}
     save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
 
@@ -528,16 +534,18 @@ def export(tokenizer, networks, vae, vgg, evaluator):
     write_json(HERE / "model_index.json", index)
 
     write_network(HERE / "features", vgg, fields(FEATURES), "model")
-    write_network(HERE / "evaluator", evaluator, {"channels": [24, 48, 96]}, "model")
+    write_weights(HERE / "evaluator", evaluator, "model")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=40_000, help="training pictures (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cuda", "cpu"], default=device, help="(%(default)s)")
     parser.add_argument("--build", type=Path, default=HERE / "build", help="what can be gone on with (%(default)s)")
     stages = ("VAE", "NETS", "UNET", "DECODER")
-    parser.add_argument("--minutes", type=float, nargs=4, default=[35, 3, 90, 10], metavar=stages,
+    minutes = [35, 3, 120, 10] if device == "cpu" else [6, 1, 15, 3]
+    parser.add_argument("--minutes", type=float, nargs=4, default=minutes, metavar=stages,
                         help="training time of each stage; NETS twice (%(default)s)")  # fmt: skip
     parser.add_argument("--improve", type=float, metavar="MINUTES", help="only train the UNet that is there further")
     args = parser.parse_args()
@@ -545,6 +553,8 @@ def main():
         sys.exit(f"error: {FONT} is missing: apt-get install fonts-noto-color-emoji")
     args.build.mkdir(exist_ok=True)
     if WORLD > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2))
     vae_minutes, nets_minutes, unet_minutes, decoder_minutes = args.minutes
     device, build, held = args.device, args.build, 1024
@@ -552,6 +562,11 @@ def main():
     rng = random.Random(0)
     scenes = [Scene.sample(rng) for _ in range(args.pictures + held)]
     captions = [[scene.caption(rng) for _ in range(4)] for scene in scenes]
+    made_of = build / "made_of.txt"  # what is in the build folder was made from these pictures
+    content = hashlib.sha256(repr((GLYPHS, COLOURS, scenes)).encode()).hexdigest()
+    if made_of.exists() and made_of.read_text() != content:
+        sys.exit(f"error: {build} was made from other pictures or prompts: delete it, or name another --build")
+    made_of.write_text(content)
     everything = cached(build / "pictures.pt", lambda: pictures_of(scenes))
     pictures, held_out = everything[:-held], everything[-held:]
 
@@ -562,6 +577,7 @@ def main():
         networks = train_unet(device, build, model.tokenizer, model.vae, latents, ids, args.improve, start=model)
         if not RANK:
             export_unet(networks, model.tokenizer)
+            (build / "improved.state").unlink()  # the next --improve starts from what was just written
         return
 
     vae = train_vae(device, build, pictures, held_out, vae_minutes)

@@ -170,5 +170,7 @@ def test_unsupported_settings_are_refused(part, setting, tmp_path):
 )
 def test_harmless_settings_are_accepted(part, setting, tmp_path):
     """Settings that change nothing here, and "none" for what is not supported, as diffusers writes them all."""
-    (tmp_path / "config.json").write_text(json.dumps(setting))
-    read_ours(part, tmp_path / "config.json")
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    official = json.loads((OFFICIAL / "sd21base" / part / name).read_text())
+    (tmp_path / name).write_text(json.dumps(official | setting))
+    read_ours(part, tmp_path / name)

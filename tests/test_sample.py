@@ -31,7 +31,7 @@ SIDE = 32  # of the small checkpoint's pictures
 def cli(sd15_like, tmp_path, capsys):
     """Runs the command line with the small checkpoint, one step, into tmp_path/out unless told otherwise.
 
-    -> `code`, `out` and `err` (lines; without argparse's usage), `paths` of the pictures.
+    -> `code`, `out` and `err` (lines), `paths` of the pictures.
     """
 
     def call(*argv):
@@ -44,7 +44,7 @@ def cli(sd15_like, tmp_path, capsys):
             except SystemExit as end:
                 code = end.code
         out, err = capsys.readouterr()
-        err = [line for line in re.split(r"[\r\n]+", err) if line.strip() and not line.startswith(("usage:", "  "))]
+        err = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
         out = out.splitlines()
         return SimpleNamespace(code=code, out=out, err=err, paths=[Path(line) for line in out if line.endswith(".png")])
 

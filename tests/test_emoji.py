@@ -1,0 +1,144 @@
+"""The embedded model: diffusers draws the same, its prompts cover what a person types, its measures measure."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hipa
+import sample
+
+EMOJI = Path(hipa.__file__).parent / "emoji"
+sys.path.insert(0, str(EMOJI))
+
+import evaluate  # noqa: E402
+import make  # noqa: E402
+
+GLYPHS = evaluate.read_glyphs()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return hipa.load("emoji")
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoint
+@pytest.mark.parametrize("steps", [1, 5])
+def test_diffusers_draws_the_same(model, steps):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(EMOJI)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    theirs = pipeline("a cat", num_inference_steps=steps, generator=generator, guidance_scale=7.5).images[0]
+    ours = sample.to_pil(hipa.sample(model, ["a cat"], [3], steps, guidance=7.5))[0]
+    largest = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max()
+    print(f"emoji, {steps} steps: largest difference {largest} of 255")
+    assert largest <= 1
+
+
+def test_the_first_command_of_the_readme(tmp_path):
+    """From another folder, without a network, without options."""
+    command = [sys.executable, EMOJI.parent / "sample.py", "a cat", "--steps", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    path = tmp_path / done.stdout.strip()
+    assert Image.open(path).size == (64, 64) and path.parent == tmp_path / "outputs"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["cat", "a cat", "a cat face", "a red apple", "a cat on a blue background", "a small dog", "a cat and a dog",
+     *(name for _, names in GLYPHS for name in names)],
+)  # fmt: skip
+def test_every_word_a_person_types_is_known(model, prompt):
+    """Each is a token of its own, as it was in training; hyphens separate."""
+    for word, tokens in model.tokenizer.tokenize(prompt):
+        assert len(tokens) == 1, word
+
+
+def test_the_repository_stays_small():
+    weights = [path for path in EMOJI.rglob("*") if path.is_file() and "build" not in path.parts]
+    assert sum(path.stat().st_size for path in weights) <= 32 * 2**20
+
+
+# ------------------------------------------------------------------------------------------------------------ measures
+@pytest.mark.parametrize(
+    "prompt, name",
+    {
+        "a cat": "a cat", "cat": "a cat", "A red apple": "an apple", "a green apple": "a green apple",
+        "a cat, sitting": "a cat", "a cat on an orange background": "a cat", "a hedgehog": None, "a cat and a dog": None,
+        "a small blue heart on pink": "a blue heart", "": None,
+    }.items(),
+)  # fmt: skip
+def test_the_class_of_a_prompt(prompt, name):
+    index = evaluate.class_of(prompt, GLYPHS)
+    assert (GLYPHS[index][1][0] if index is not None else None) == name
+
+
+def test_frechet_distance():
+    """Zero between equal sets; for independent features sum (difference of means)^2 + (difference of deviations)^2."""
+    a = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T  # mean 0, covariance 1, exactly
+    shift, scale = torch.tensor([1.0, 0.0, -2.0]), torch.tensor([1.0, 3.0, 0.5])
+    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert evaluate.frechet(a, a * scale + shift) == pytest.approx(5 + 4 + 0.25, abs=1e-9)
+
+
+def test_sharpness_is_asked_of_edges():
+    """A blurred disc has less high-frequency energy, at edges too; speckle raises it, but least at edges."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    distance = torch.hypot(x - 31.5, y - 31.5)
+    crisp = (distance < 20).float().expand(1, 3, 64, 64) * 2 - 1
+    blurred = torch.sigmoid((20 - distance) / 3).expand(1, 3, 64, 64) * 2 - 1
+    speckled = blurred + 0.1 * torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    (at_edges, everywhere), blur = evaluate.high_frequency_energy(crisp), evaluate.high_frequency_energy(blurred)
+    speckle = evaluate.high_frequency_energy(speckled)
+    assert blur[0] < 0.1 * at_edges and blur[1] < 0.1 * everywhere
+    assert speckle[1] / everywhere > 1.5 * speckle[0] / at_edges
+
+
+def test_real_pictures_are_recognised(model):
+    """The stored ones: one row of twelve for each class, in the order of prompts.txt."""
+    evaluation = evaluate.Evaluation(model)
+    recognised, distance, edges, _ = evaluation.measure(*evaluation.real)
+    assert len(evaluation.real[0]) == len(GLYPHS) * evaluate.OTHER_VIEWS
+    assert recognised > 95 and edges > 1
+    shuffled = evaluation.measure(evaluation.real[0], evaluation.real[1].roll(evaluate.OTHER_VIEWS))
+    assert shuffled[0] < 5 and shuffled[1] == pytest.approx(distance)
+
+
+# ---------------------------------------------------------------------------------------------------------- the making
+def test_normalised_latents_change_no_picture(model):
+    """The scaled latents get mean 0 and variance 1 in each channel; decoded, they give the same pictures."""
+    torch.manual_seed(0)
+    vae, pictures = make.AutoencoderKL(make.VAE), torch.rand(4, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        before, copies = vae.encode(pictures), vae.decode(vae.encode(pictures))
+        _, logvar = vae.moments(pictures)
+        mean, std = before.mean(dim=(0, 2, 3)), before.std(dim=(0, 2, 3))
+        make.normalise_latents(vae, mean, std)
+        after = vae.encode(pictures)
+        assert torch.allclose(after, (before - mean[:, None, None]) / std[:, None, None], atol=1e-4)
+        assert torch.allclose(vae.decode(after), copies, atol=1e-5)
+        spread = torch.exp(0.5 * (vae.moments(pictures)[1] - logvar))  # the noise shrinks with the latent
+        assert torch.allclose(spread, (1 / std)[:, None, None].expand_as(spread), rtol=1e-3)
+
+
+def test_the_tokenizer_learns_whole_words():
+    tokenizer = make.train_tokenizer(["a cat and a dog"] * 3 + ["a café"])
+    assert [len(tokens) for _, tokens in tokenizer.tokenize("a dog and a café")] == [1, 1, 1, 1, 1]
+    assert len(tokenizer.tokenize("dogs")[0][1]) > 1  # a word it has not seen falls into pieces
+
+
+def test_a_scene_and_its_caption_agree():
+    rng = make.random.Random(0)
+    for _ in range(50):
+        scene = make.Scene.sample(rng)
+        caption = scene.caption(rng)
+        for index in scene.classes:
+            assert any(evaluate.without_article(name) in caption for name in GLYPHS[index][1])
+        assert scene.background is None or scene.background in caption
