@@ -70,8 +70,8 @@ def test_the_repository_stays_small():
     "prompt, name",
     {
         "a cat": "a cat", "cat": "a cat", "A red apple": "an apple", "a green apple": "a green apple",
-        "a cat, sitting": "a cat", "a cat on an orange background": "a cat", "a hedgehog": None, "a cat and a dog": None,
-        "a small blue heart on pink": "a blue heart", "": None,
+        "a cat, sitting": "a cat", "a cat on an orange background": "a cat", "a hedgehog": None,
+        "a cat and a dog": None, "a small blue heart on pink": "a blue heart", "": None,
     }.items(),
 )  # fmt: skip
 def test_the_class_of_a_prompt(prompt, name):
