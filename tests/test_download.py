@@ -307,7 +307,7 @@ def test_a_full_disk(play, cache, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hipa, "save", full)
+    monkeypatch.setattr(hipa, "write_body", full)
     refuses("no space left", str(cache))
 
 
