@@ -70,7 +70,7 @@ def write_checkpoint(folder, like="sd15", prediction_type="epsilon"):
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
     ).save_pretrained(folder / "vae")  # fmt: skip
     DPMSolverMultistepScheduler(
-        **SCHEDULE, prediction_type=prediction_type, timestep_spacing="trailing", steps_offset=1, steps_offset=1
+        **SCHEDULE, prediction_type=prediction_type, timestep_spacing="trailing", steps_offset=1
     ).save_pretrained(folder / "scheduler")
     write_index(folder)
     return folder
