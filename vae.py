@@ -186,6 +186,7 @@ class AutoencoderKL(nn.Module):
 
         H and W must be multiples of `config.downscale`.
         """
+        picture = picture.contiguous(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
         mean, logvar = self.quant_conv(self.encoder(picture)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clamps likewise
 
@@ -202,6 +203,7 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, latent):
         """Scaled latent (B, 4, H/8, W/8) -> picture (B, 3, H, W), about [-1, 1]; unclamped, for losses' gradients."""
+        latent = latent.contiguous(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
         return self.decoder(self.post_quant_conv(latent / self.config.scaling_factor))
 
     @staticmethod
