@@ -298,9 +298,7 @@ class UNet2DConditionModel(nn.Module):
         embedding = sinusoidal_embedding(timestep, self.config.block_out_channels[0])
         time_emb = self.time_embedding(embedding.to(latent.dtype))  # (B, T)
 
-        x = self.conv_in(
-            latent.contiguous(memory_format=torch.channels_last)
-        )  # convolutions are fastest in this layout
+        x = self.conv_in(latent)
         skips = [x]
         for block in self.down_blocks:
             x = block(x, time_emb, context, skips)
