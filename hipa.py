@@ -66,14 +66,21 @@ class Schedule:
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
 
     def alpha_sigma(self, timestep):
-        """Signal and noise level at an int timestep, as floats; timestep -1 is the clean picture: (1, 0)."""
+        """Signal and noise level at an int timestep, as floats; timestep -1 is the clean picture: (1, 0).
+
+        For a tensor of timesteps (B,), two tensors (B, 1, 1, 1).
+        """
+        if isinstance(timestep, torch.Tensor):
+            alphas_cumprod = self.alphas_cumprod.to(timestep.device)[timestep][:, None, None, None]
+            return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
         if timestep < 0:
             return 1.0, 0.0
         alpha_cumprod = self.alphas_cumprod[timestep].item()
         return alpha_cumprod**0.5, (1 - alpha_cumprod) ** 0.5
 
     def predict_x0(self, x, timestep, prediction):
-        """The clean latent that the network's prediction implies for the noisy x at an int timestep. float32."""
+        """The clean latent that the network's prediction implies for the noisy x at an int timestep, or one for each
+        picture of x. float32."""
         alpha, sigma = self.alpha_sigma(timestep)
         if self.prediction_type == "v_prediction":  # v = alpha epsilon - sigma x0 (Salimans & Ho 2022)
             return alpha * x - sigma * prediction
@@ -107,11 +114,11 @@ class StableDiffusion:
 
     @property
     def device(self):
-        return self.unet.conv_in.weight.device
+        return self.vae.decoder.conv_in.weight.device
 
     @property
     def dtype(self):
-        return self.unet.conv_in.weight.dtype
+        return self.vae.decoder.conv_in.weight.dtype
 
     def encode(self, prompts):
         """Prompts (B strings) -> text states (B, S, D)."""
@@ -293,23 +300,33 @@ def sample(model, prompts, seeds, steps=25, guidance=None, negative="", size=Non
     width, height = size or [model.unet.config.sample_size * cell] * 2
     x = noise(seeds, model.unet.config.in_channels, height // cell, width // cell).to(model.device)
     guidance = default_guidance(steps) if guidance is None else guidance
-    guided = guidance > 1
-    context = model.encode([negative] * len(prompts) + list(prompts) if guided else list(prompts))  # (B or 2B, S, D)
-
-    def predict_x0(x, timestep):
-        """The network's view of the clean latent; the arithmetic around the network is float32."""
-        x_in = torch.cat([x, x]) if guided else x
-        prediction = model.unet(x_in.to(model.dtype), x.new_full((len(x_in),), timestep), context).float()
-        if guided:
-            without, with_text = prediction.chunk(2)
-            prediction = without + guidance * (with_text - without)
-        return model.schedule.predict_x0(x, timestep, prediction)
-
+    predict_x0 = predictor(model, prompts, guidance, negative)
     x0 = dpm_solver(predict_x0, x, model.schedule, steps, progress)
     picture = model.vae.decode(x0.to(model.dtype)).float()
     if not torch.isfinite(picture).all():
         raise UserError("the picture is not finite (NaN or inf): try --dtype float32")
     return picture
+
+
+def predictor(model, prompts, guidance=1.0, negative=""):
+    """The network's view of the clean latents of `prompts` (B strings): a function (x (B, 4, h, w), timestep) -> x0.
+
+    The timestep is an int, or, without guidance, one for each picture (B,). With `guidance` above 1 the view is
+    classifier-free guided (Ho & Salimans 2022). The arithmetic around the network is float32.
+    """
+    guided = guidance > 1
+    context = model.encode([negative] * len(prompts) + list(prompts) if guided else list(prompts))  # (B or 2B, S, D)
+
+    def predict_x0(x, timestep):
+        x_in = torch.cat([x, x]) if guided else x
+        timesteps = torch.as_tensor(timestep, device=x.device).expand(len(x_in))
+        prediction = model.unet(x_in.to(model.dtype), timesteps, context).float()
+        if guided:
+            without, with_text = prediction.chunk(2)
+            prediction = without + guidance * (with_text - without)
+        return model.schedule.predict_x0(x, timestep, prediction)
+
+    return predict_x0
 
 
 def dpm_solver(predict_x0, x, schedule, steps, progress=None):

@@ -1,6 +1,7 @@
 """The command line: prompts in, pictures out.
 
-    python sample.py "a cat"                             # the embedded model, on a CPU, offline
+    python sample.py "a cat"                             # one step of the embedded model, on a CPU, offline
+    python sample.py "a cat" --steps 25                  # the many steps that it replaces
     python sample.py "a cat on a blue background" -n 9 --seed 7
     python sample.py "an astronaut on a horse" --model sd15 --device cuda
     python sample.py --prompts captions_val2017.json --out coco --batch 16
@@ -20,6 +21,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+LORA_NAME = "pytorch_lora_weights.safetensors"
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,7 +33,9 @@ def parse_args(argv=None):
     )
     parser.add_argument("-n", type=whole(1), default=1, metavar="N", help="pictures per prompt (%(default)s)")
     parser.add_argument("--seed", type=whole(0), default=0, help="picture k is drawn from seed + k (%(default)s)")
-    parser.add_argument("--steps", type=whole(1, 1000), default=25, help="UNet evaluations, 1 to 1000 (%(default)s)")
+    parser.add_argument(
+        "--steps", type=whole(1, 1000), help="UNet evaluations, 1 to 1000 (1 if there are adaptors, else 25)"
+    )
     parser.add_argument(
         "--guidance", type=number, help="classifier-free guidance (7.5; with one step 1, which is none)"
     )
@@ -38,6 +43,10 @@ def parse_args(argv=None):
     parser.add_argument(
         "--model", default="emoji", help="a folder, a Hugging Face id, emoji, sd15, sd21, sd-turbo (%(default)s)"
     )
+    parser.add_argument(
+        "--lora", type=lora_weight, metavar="PATH[:WEIGHT]",
+        help=f'adaptors, or "none" (at one step: {LORA_NAME} in the folder of the model, if there)',
+    )  # fmt: skip
     parser.add_argument("--size", type=width_height, metavar="W[xH]", help="pixels (default: the model's own)")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the pictures (%(default)s)")
     parser.add_argument("--batch", type=whole(1), default=4, help="pictures drawn at a time (%(default)s)")
@@ -76,6 +85,47 @@ def width_height(text):
     if not match or not int(match[1]) or not int(match[2] or 1):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64 or 768x512")
     return int(match[1]), int(match[2] or match[1])
+
+
+def lora_weight(text):
+    """ "file:0.8" -> (file, 0.8); "file" -> (file, 1.0); "none" -> None. A folder stands for LORA_NAME in it."""
+    if text == "none":
+        return None, 0.0
+    path, weight = text, 1.0
+    head, colon, tail = text.rpartition(":")
+    if colon and not Path(text).exists():
+        with contextlib.suppress(ValueError):
+            path, weight = head, float(tail)
+    path = Path(path) / LORA_NAME if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"no file {str(path)!r}")
+    if not -100 <= weight <= 100:  # false for nan
+        raise argparse.ArgumentTypeError(f"{tail!r} is not a weight from -100 to 100")
+    return path, weight
+
+
+def choose_device(name):
+    """ "auto" -> the fastest device there is. Raises UserError if the device asked for is not there."""
+    import torch
+
+    from hipa import UserError
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(d for d in available if available[d]) if name == "auto" else name
+    if not available[device]:
+        raise UserError(f"--device {device}: not available here; try --device cpu")
+    return device
+
+
+def apply_lora(model, path, weight=1.0):
+    """Merges the adaptors in a file into the model's UNet, so that they cost nothing. Raises UserError."""
+    from hipa import UserError
+    from lora import load_lora, merge
+
+    try:
+        merge(model.unet, load_lora(path, model.unet), weight)
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 def read_prompts(path):
@@ -178,17 +228,22 @@ def main(argv=None):
     prompts = [clean(prompt) for prompt in prompts]
     negative = clean(args.negative)
 
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(d for d in available if available[d]) if args.device == "auto" else args.device
-    if not available[device]:
-        raise hipa.UserError(f"--device {device}: not available here; try --device cpu")
+    device = choose_device(args.device)
     dtype = args.dtype if args.dtype != "auto" else "float16" if device == "cuda" else "float32"
     dtype = getattr(torch, dtype)
-    guidance = hipa.default_guidance(args.steps) if args.guidance is None else args.guidance
     writable(args.out)
     checkpoint = hipa.find_checkpoint(args.model, half=dtype != torch.float32)
     width, height = hipa.picture_size(checkpoint, args.size)
+    # The adaptors are made for one step: of themselves they serve that, and are left off at more.
+    shipped = checkpoint / LORA_NAME
+    lora, weight = args.lora or (shipped if shipped.is_file() and args.steps in (None, 1) else None, 1.0)
+    steps = args.steps or (1 if lora else 25)
+    guidance = hipa.default_guidance(steps) if args.guidance is None else args.guidance
+    if lora:
+        hipa.read_weights(lora)  # refuses what is no safetensors file before the model loads
     model = hipa.load(checkpoint, device, dtype)
+    if lora:
+        apply_lora(model, lora, weight)
     if args.compile:
         model.unet.compile()
         model.vae.decoder.compile()
@@ -196,8 +251,9 @@ def main(argv=None):
     def parameters(prompt, seed):
         """What a picture was made from, in the words image viewers know from other Stable Diffusion programs."""
         lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
-        settings = f"Steps: {args.steps}, Sampler: DPM++ 2M trailing, CFG scale: {guidance:g}, Seed: {seed}"
-        return "\n".join([*lines, f"{settings}, Size: {width}x{height}, Model: {args.model}"])
+        settings = f"Steps: {steps}, Sampler: DPM++ 2M trailing, CFG scale: {guidance:g}, Seed: {seed}"
+        made_with = f"Model: {args.model}" + (f", Lora: {clean(str(lora))}:{weight:g}" if lora else "")
+        return "\n".join([*lines, f"{settings}, Size: {width}x{height}, {made_with}"])
 
     # Each picture's prompt and seed, in order; a batch is a slice of this list.
     jobs = [(prompt, args.seed + k) for k, prompt in enumerate(p for p in prompts for _ in range(args.n))]
@@ -206,13 +262,11 @@ def main(argv=None):
     colours = sys.stdout and sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit")
     shown = colours and width <= 128 if args.show is None else args.show
     of_prompt = []  # the current prompt's pictures, for its grid
-    total = len(batches) * args.steps
+    total = len(batches) * steps
     with tqdm(total=total, unit="step", leave=False, disable=total == 1) as bar:
         for batch in batches:
             words, seeds = zip(*batch)
-            pictures = hipa.sample(
-                model, words, seeds, args.steps, guidance, negative, (width, height), progress=bar.update
-            )
+            pictures = hipa.sample(model, words, seeds, steps, guidance, negative, (width, height), progress=bar.update)
             for picture, (prompt, seed) in zip(to_pil(pictures), batch):
                 of_prompt.append(picture)
                 made = [(picture, f"{seed}-{slug(prompt)}", parameters(prompt, seed))]

@@ -296,7 +296,7 @@ def encode_all(vae, pictures, device, desc):
 
 
 # ------------------------------------------------------------------------------------------- feature and evaluation net
-FEATURES = VGGConfig(channels=(16, 32, 64, 96, 128), convs=(2, 2, 2, 2, 2))
+FEATURES = VGGConfig(channels=(16, 32, 64, 96, 128), convs=(2, 2, 2, 2, 2), mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 class Classifier(nn.Module):
@@ -308,7 +308,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES.channels[-1], len(GLYPHS))
 
     def forward(self, x):
-        return self.head(self.vgg(x)[-1].mean(dim=(2, 3)))
+        return self.head(self.vgg(x / 2 + 0.5)[-1].mean(dim=(2, 3)))
 
 
 def train_nets(device, build, pictures, labels, held_out, held_out_labels, minutes):
@@ -451,8 +451,9 @@ def sharpen_decoder(device, build, vae, vgg, pictures, latents, held_out, minute
         # A little noise: the sampler's latents are not exactly those of pictures.
         picture = model.decode(latent.to(device) + 0.03 * torch.randn(latent.shape, device=device))
         with torch.no_grad():
-            wanted = vgg(target)
-        perceptual = sum((a - b).abs().mean() / b.abs().mean() for a, b in zip(vgg(picture)[:3], wanted[:3]))
+            wanted = vgg(target / 2 + 0.5)
+        features = vgg(picture / 2 + 0.5)
+        perceptual = sum((a - b).abs().mean() / b.abs().mean() for a, b in zip(features[:3], wanted[:3]))
         return reconstruction_loss(picture, target) + 0.03 * perceptual
 
     @torch.no_grad()
@@ -471,6 +472,16 @@ def write_renders():
     views = REFERENCE_VIEWS + OTHER_VIEWS
     pictures = [Scene.sample(rng, index).draw() for index in range(len(GLYPHS)) for _ in range(views)]
     grid(pictures, columns=views).save(HERE / "renders.png", optimize=True)
+
+
+def write_captions():
+    """`captions.txt`, what the adaptors are trained on: five captions of each glyph alone, and some small or in pairs."""
+    rng = random.Random(7)
+    alone = [Scene([index], [None], rng.choice(list(COLOURS)) if k % 3 == 0 else None)
+             for k in range(5) for index in range(len(GLYPHS))]  # fmt: skip
+    others = [scene for scene in (Scene.sample(rng) for _ in range(300)) if scene.small or len(scene.classes) > 1]
+    captions = [scene.caption(rng) for scene in alone + others]
+    (HERE / "captions.txt").write_text("\n".join(captions) + "\n", "utf-8")
 
 
 def write_json(path, settings):
@@ -602,6 +613,7 @@ def main():
     if not RANK:
         export(tokenizer, networks, vae, vgg, evaluator)
         write_renders()
+        write_captions()
         print(f"wrote {HERE}: now `python emoji/evaluate.py`")
 
 

@@ -1,0 +1,220 @@
+"""Low-rank adaptors (Hu et al. 2021, arXiv 2106.09685): y = W x + B A x, with W frozen and A and B small and trained.
+
+An adapted layer is a subclass of the layer it adapts, so the base weight keeps its name in the state dict, and the
+network's own checkpoint loads with or without adaptors. Switched off, the network is bitwise the frozen one: teacher
+and student are the same network, and there is no second copy in memory.
+
+Files are diffusers' `pytorch_lora_weights.safetensors`: `unet.<module path>.lora_A.weight` and `.lora_B.weight`, the
+scale alpha / rank folded into B. Files by peft, by older diffusers and by kohya are read too.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of attn1 and attn2: 3,319,808 parameters at rank 16 on SD 2.1-base
+
+
+class Adapted:
+    """What adapted layers share. The path through A and B runs beside the layer's own."""
+
+    enabled = True
+
+    def adapt(self, A, B):
+        """Takes the two factors. A starts random and B at zero, so an adaptor changes nothing until it is trained."""
+        nn.init.kaiming_uniform_(A.weight, a=5**0.5)  # as nn.Linear and peft initialise
+        nn.init.zeros_(B.weight)
+        # float32 whatever the base is: half precision would swallow small updates. Cast where they are used.
+        self.lora_A, self.lora_B = (factor.to(self.weight.device, torch.float32) for factor in (A, B))
+
+
+class LoRALinear(Adapted, nn.Linear):
+    def add(self, rank):
+        A = nn.Linear(self.in_features, rank, bias=False)
+        self.adapt(A, nn.Linear(rank, self.out_features, bias=False))
+
+    def forward(self, x):
+        y = super().forward(x)
+        if not self.enabled:
+            return y
+        A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        return y + F.linear(F.linear(x, A), B)
+
+
+class LoRAConv2d(Adapted, nn.Conv2d):
+    """A has the layer's kernel, stride and padding, B is 1x1: together one convolution of the layer's kind."""
+
+    def add(self, rank):
+        A = nn.Conv2d(self.in_channels, rank, self.kernel_size, self.stride, self.padding, bias=False)
+        self.adapt(A, nn.Conv2d(rank, self.out_channels, 1, bias=False))
+
+    def forward(self, x):
+        y = super().forward(x)
+        if not self.enabled:
+            return y
+        A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
+        return y + F.conv2d(F.conv2d(x, A, None, self.stride, self.padding), B)
+
+
+KINDS = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
+
+
+def add_lora(net, rank=16, targets=ATTENTION):
+    """Freezes `net` and gives each Linear and Conv2d whose module path ends in one of `targets` an adaptor of `rank`.
+
+    `targets` may also be "all", or {module path: rank}. Returns the trainable parameters. Raises ValueError if nothing
+    matches.
+    """
+    net.requires_grad_(False)
+    for path, module in list(net.named_modules()):
+        if isinstance(targets, dict):
+            wanted = path in targets
+        else:
+            wanted = targets == "all" or any(f".{path}".endswith(f".{target}") for target in targets)
+        if type(module) not in KINDS or not wanted:
+            continue
+        module.__class__ = KINDS[type(module)]  # the same weights under the same names, with another forward
+        module.add(targets[path] if isinstance(targets, dict) else rank)
+    found = adapted(net)
+    if not found:
+        raise ValueError(f"no layer's path ends in any of {', '.join(targets)}")
+    return [p for module in found.values() for p in (module.lora_A.weight, module.lora_B.weight)]
+
+
+def adapted(net):
+    """{module path: adapted layer}"""
+    return {path: module for path, module in net.named_modules() if isinstance(module, Adapted)}
+
+
+@contextlib.contextmanager
+def lora_off(net):
+    """Within this context the network is the frozen one: the teacher."""
+    layers = adapted(net).values()
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield net
+    finally:
+        for layer, enabled in zip(layers, before):
+            layer.enabled = enabled
+
+
+def factors(net):
+    """{module path: (A, B)}, the tensors of all adaptors of `net`."""
+    return {path: (layer.lora_A.weight, layer.lora_B.weight) for path, layer in adapted(net).items()}
+
+
+def delta(A, B):
+    """The change of the base weight that the two factors are: B A, in the shape of the base weight.
+
+    Linear: A (rank, in), B (out, rank). Convolution: A (rank, in, k, k), B (out, rank, 1, 1).
+    """
+    return torch.einsum("or,r...->o...", B.flatten(1).float(), A.float())
+
+
+@torch.no_grad()
+def merge(net, loras, weight=1.0):
+    """Adds `weight` times the adaptors {module path: (A, B)} to the base weights: they cost nothing from then on.
+
+    Raises ValueError, before anything is changed, if a path or a shape does not fit the network.
+    """
+    modules = dict(net.named_modules())
+    for path, (A, B) in loras.items():
+        base = getattr(modules.get(path), "weight", None)
+        if base is None:
+            raise ValueError(f"the adaptors are for another network: this one has no layer {path}")
+        shape = (B.shape[0], *A.shape[1:])
+        if tuple(base.shape) != shape or A.shape[0] != B.shape[1]:
+            raise ValueError(f"the adaptors are for another network: {path} is {tuple(base.shape)} here, {shape} there")
+    for path, (A, B) in loras.items():
+        base = modules[path].weight
+        # One rounding, after the sum. A new tensor: the old one may be the checkpoint's own memory-mapped file.
+        base.data = (base.float() + weight * delta(A, B).to(base.device)).to(base.dtype)
+
+
+def unmerge(net, loras, weight=1.0):
+    """Takes merged adaptors out again, to within rounding."""
+    merge(net, loras, -weight)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def save_lora(path, net, metadata=None):
+    """Writes the adaptors of `net` for diffusers and this file to read; `metadata` {str: str} goes into the header.
+
+    The file appears at once or not at all.
+    """
+    tensors = {}
+    for name, (A, B) in factors(net).items():
+        tensors[f"unet.{name}.lora_A.weight"] = A.detach().float().cpu().contiguous()
+        tensors[f"unet.{name}.lora_B.weight"] = B.detach().float().cpu().contiguous()
+    part = Path(path).with_suffix(".part")
+    save_file(tensors, part, {"format": "pt", **(metadata or {})})
+    os.replace(part, path)
+
+
+# What each kind of file calls the two factors.
+SPELLINGS = {
+    ".lora_A.weight": "A", ".lora_B.weight": "B",  # peft, and diffusers today
+    ".lora.down.weight": "A", ".lora.up.weight": "B",  # diffusers until 2023
+    ".lora_down.weight": "A", ".lora_up.weight": "B",  # kohya
+    ".alpha": "alpha",
+}  # fmt: skip
+
+
+def load_lora(path, net):
+    """Reads adaptors for `net` from a safetensors file -> {module path: (A, B)}, float32.
+
+    The scale alpha / rank is folded into B; it is 1 where the file does not say. Raises ValueError for what is no such
+    file, and if a tensor belongs to no layer of `net`: half applied, adaptors draw what their author never saw.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            # peft's settings, as diffusers writes them: {"unet.r": 16, "unet.lora_alpha": 8, ...}
+            settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    # kohya writes module paths with "_" for ".", which only the network itself can undo.
+    paths = {path: path for path, _ in net.named_modules()} | {p.replace(".", "_"): p for p, _ in net.named_modules()}
+    found, unknown = {}, []
+    for key, tensor in tensors.items():
+        ending = next((e for e in SPELLINGS if key.endswith(e)), "")
+        name = key.removesuffix(ending)
+        for prefix in ("base_model.model.", "unet.", "lora_unet_"):
+            name = name.removeprefix(prefix)
+        if not ending or name not in paths:
+            unknown.append(key)
+        else:
+            found.setdefault(paths[name], {})[SPELLINGS[ending]] = tensor.float()
+    incomplete = [name for name, parts in found.items() if not {"A", "B"} <= parts.keys()]
+    if unknown or incomplete or not found:
+        which = ", ".join((unknown or incomplete)[:5]) or "no tensors in it"
+        raise ValueError(f"{path} holds no adaptors for this network's UNet, or others too: {which}")
+    loras = {}
+    for name, parts in found.items():
+        A, B, rank = parts["A"], parts["B"], parts["A"].shape[0]
+        patterns = settings.get("unet.alpha_pattern") or {}
+        alpha = next((a for pattern, a in patterns.items() if name.endswith(pattern)), None)
+        alpha = parts.get("alpha", alpha if alpha is not None else settings.get("unet.lora_alpha", rank))
+        divisor = rank**0.5 if settings.get("unet.use_rslora") else rank
+        loras[name] = A, B * (float(alpha) / divisor)
+    return loras
+
+
+@torch.no_grad()
+def restore(net, loras):
+    """Puts loaded adaptors into `net` as trainable ones, rank for rank. Returns the trainable parameters."""
+    parameters = add_lora(net, targets={path: A.shape[0] for path, (A, _) in loras.items()})
+    for path, (A, B) in loras.items():
+        layer = net.get_submodule(path)
+        layer.lora_A.weight.copy_(A)
+        layer.lora_B.weight.copy_(B)
+    return parameters
