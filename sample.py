@@ -104,6 +104,12 @@ def lora_weight(text):
     return path, weight
 
 
+def own_lora(checkpoint, steps):
+    """The adaptors in a checkpoint's folder and their weight. They are made for one step, and left off at more."""
+    path = checkpoint / LORA_NAME
+    return (path, 1.0) if path.is_file() and steps in (None, 1) else (None, 0.0)
+
+
 def choose_device(name):
     """ "auto" -> the fastest device there is. Raises UserError if the device asked for is not there."""
     import torch
@@ -234,9 +240,7 @@ def main(argv=None):
     writable(args.out)
     checkpoint = hipa.find_checkpoint(args.model, half=dtype != torch.float32)
     width, height = hipa.picture_size(checkpoint, args.size)
-    # The adaptors are made for one step: of themselves they serve that, and are left off at more.
-    shipped = checkpoint / LORA_NAME
-    lora, weight = args.lora or (shipped if shipped.is_file() and args.steps in (None, 1) else None, 1.0)
+    lora, weight = args.lora or own_lora(checkpoint, args.steps)
     steps = args.steps or (1 if lora else 25)
     guidance = hipa.default_guidance(steps) if args.guidance is None else args.guidance
     if lora:

@@ -97,7 +97,7 @@ def parse_args(argv=None):
     for name, weight in weights.items():
         add(f"--{name}", type=number, default=weight, metavar="WEIGHT", help="of this term of the loss (%(default)s)")
     add("--radius", type=number, default=RADIUS, help="of the Fourier disc, fraction of Nyquist (%(default)s)")
-    add("--seed", type=whole(0), default=0, help="pair k begins at the noise of seed + k (%(default)s)")
+    add("--seed", type=whole(0, 2**31 - 1), default=0, help="first values of adaptors, order of pairs (%(default)s)")
     add("--save-every", type=whole(1), default=250, metavar="STEPS", help="state and a sample grid (%(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda)")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
@@ -148,8 +148,8 @@ COCO = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
 COCO_SHA256 = "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"
 
 
-def find_prompts(data, seed):
-    """The prompts that --data names, shuffled. Raises UserError."""
+def find_prompts(data):
+    """The prompts that --data names, shuffled, always in the same way. Raises UserError."""
     path = HERE / "emoji" / "captions.txt" if data == "emoji" else Path(data)
     if data == "coco":
         path = Path(torch.hub.get_dir()) / "coco" / "captions_train2017.json"
@@ -157,7 +157,7 @@ def find_prompts(data, seed):
             download_coco(path)
         barrier()
     prompts = read_prompts(path)
-    random.Random(seed).shuffle(prompts)
+    random.Random(0).shuffle(prompts)
     return prompts
 
 
@@ -188,20 +188,21 @@ def fetch_file(url, path, digest):
 # ------------------------------------------------------------------------------------- stage one: the teacher's targets
 SHARD = 64  # pairs in a file, and what is lost at most when stage one is interrupted
 POINTS = 3  # of each trajectory, for learning t < 999
+FIRST_SEED = 10**9  # of the pairs' noise: no picture that a user draws later begins where training did
 HELD_OUT = 8  # further pairs, never trained on, for the sample grids
 
 
 class Targets:
-    """What the teacher draws: pair k is prompt k (in a circle) and the noise of seed + k.
+    """What the teacher draws: pair k is prompt k (in a circle) and the noise of seed FIRST_SEED + k.
 
     Kept as safetensors shards in a folder, so that memory stays constant: `x0` (n, 4, h, w), the end of the trajectory;
     `x` (n, POINTS, 4, h, w) and `t` (n, POINTS), points on the way. Half precision, far finer than the teacher's own
     error.
     """
 
-    def __init__(self, folder, prompts, seed, last):
+    def __init__(self, folder, prompts, last):
         """`last`: the timestep of pure noise, 999."""
-        self.folder, self.prompts, self.seed, self.last = folder, prompts, seed, last
+        self.folder, self.prompts, self.last = folder, prompts, last
 
     def prompt(self, k):
         return self.prompts[k % len(self.prompts)]
@@ -214,7 +215,6 @@ class Targets:
         writable(self.folder)
         path = self.folder / "settings.json"
         settings["prompts"] = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
-        settings["seed"] = self.seed
         if path.exists():
             there = json.loads(path.read_text("utf-8"))
             wrong = [key for key, value in settings.items() if there.get(key) != value]
@@ -252,7 +252,7 @@ class Targets:
     def draw(self, model, indices, steps, guidance):
         """The trajectories of some pairs: a dict of tensors as in the shards, on the CPU."""
         config = model.unet.config
-        x = hipa.noise([self.seed + k for k in indices], config.in_channels, config.sample_size, config.sample_size)
+        x = hipa.noise([FIRST_SEED + k for k in indices], config.in_channels, config.sample_size, config.sample_size)
         predict_x0 = hipa.predictor(model, [self.prompt(k) for k in indices], guidance)
         trajectory, timesteps = [], []
 
@@ -279,7 +279,7 @@ class Targets:
             with safe_open(self.path(k // SHARD), "pt") as file:
                 x0 = file.get_slice("x0")[k % SHARD].float()
                 if point < 0:
-                    x, t = hipa.noise([self.seed + k], *x0.shape)[0], torch.tensor(self.last)
+                    x, t = hipa.noise([FIRST_SEED + k], *x0.shape)[0], torch.tensor(self.last)
                 else:
                     x, t = file.get_slice("x")[k % SHARD, point].float(), file.get_slice("t")[k % SHARD, point]
                 rows.append((x, t, x0))
@@ -466,7 +466,7 @@ class Run:
             return
         indices = range(self.args.pairs, self.args.pairs + HELD_OUT)
         *_, x0, prompts = self.targets.batch([(k, -1) for k in indices])
-        seeds = [self.targets.seed + k for k in indices]
+        seeds = [FIRST_SEED + k for k in indices]
         with lora_off(self.model.unet):
             rows = [hipa.sample(self.model, prompts, seeds, steps=1)]
         rows.append(hipa.sample(self.model, prompts, seeds, steps=1))
@@ -541,7 +541,7 @@ def main():
         signal.signal(signum, INTERRUPTED)
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU; no effect on a CPU
     writable(args.out)
-    prompts = find_prompts(args.data, args.seed)
+    prompts = find_prompts(args.data)
     checkpoint_folder = hipa.find_checkpoint(args.model)
     distance = load_distance(args.distance, checkpoint_folder)
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
@@ -551,7 +551,7 @@ def main():
         kept = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if key != "resume"}
         (args.out / "settings.json").write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
-    targets = Targets(args.targets, prompts, args.seed, model.schedule.num_train_timesteps - 1)
+    targets = Targets(args.targets, prompts, model.schedule.num_train_timesteps - 1)
     if not RANK:
         sha256 = hipa.sha256(hipa.weights_file(checkpoint_folder / "unet"))
         targets.check(unet=sha256, guidance=args.guidance, steps=args.teacher_steps, points=POINTS)

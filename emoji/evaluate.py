@@ -1,6 +1,8 @@
 """Measures pictures of the embedded model's prompts: are they recognised, how far are they from real ones, how sharp?
 
-    python emoji/evaluate.py --steps 25            # the model at 25 steps, beside real pictures and the VAE's copies
+    python emoji/evaluate.py                       # one step, beside real pictures and the VAE's copies of them
+    python emoji/evaluate.py --steps 25            # the 25 steps of the frozen model
+    python emoji/evaluate.py --lora none           # one step without the adaptors
     python emoji/evaluate.py --folder outputs      # any folder of samples (prompts are read from the pictures)
 
 recognition  share of pictures that the evaluation net gives the class of their prompt
@@ -28,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import hipa  # noqa: E402
-from sample import number, run, to_pil, whole  # noqa: E402
+from sample import apply_lora, lora_weight, number, own_lora, run, to_pil, whole  # noqa: E402
 
 SIZE = 64
 REFERENCE_VIEWS, OTHER_VIEWS = 8, 4  # per class in renders.png: to compare with, and as the "real pictures" row
@@ -198,7 +200,8 @@ def row(name, measurements):
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=whole(1, 1000), default=25, help="UNet evaluations per picture (%(default)s)")
+    parser.add_argument("--steps", type=whole(1, 1000), default=1, help="UNet evaluations per picture (%(default)s)")
+    parser.add_argument("--lora", type=lora_weight, metavar="PATH[:WEIGHT]", help="(default: as sample.py)")
     parser.add_argument("--guidance", type=number, help="(default: as sample.py)")
     parser.add_argument("--seeds", type=whole(1), default=3, help="repetitions, for the spread (%(default)s)")
     parser.add_argument(
@@ -207,7 +210,11 @@ def main():
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--folder", type=Path, help="measure the PNGs in this folder instead of the model's")
     args = parser.parse_args()
-    model = hipa.load(args.model)
+    folder = hipa.find_checkpoint(args.model)
+    model = hipa.load(folder)
+    lora, weight = args.lora or own_lora(folder, args.steps)
+    if lora:
+        apply_lora(model, lora, weight)
     evaluation = Evaluation(model, args.per_class)
     print("| pictures | recognition | Fréchet | edges | all |")
     print("|---|---|---|---|---|")
@@ -222,7 +229,8 @@ def main():
         evaluation.measure(*draw(model, evaluation, args.steps, guidance, seed, args.per_class))
         for seed in range(args.seeds)
     ]
-    print(row(f"{args.steps} step{'s' * (args.steps > 1)}, guidance {guidance:g}", rows))
+    adaptors = f", {lora.name}" if lora else ""
+    print(row(f"{args.steps} step{'s' * (args.steps > 1)}, guidance {guidance:g}{adaptors}", rows))
 
 
 def read_folder(folder, glyphs):

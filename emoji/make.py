@@ -475,7 +475,7 @@ def write_renders():
 
 
 def write_captions():
-    """`captions.txt`, what the adaptors are trained on: five captions of each glyph alone, some small, some in pairs."""
+    """`captions.txt`, what adaptors are trained on: five captions of each glyph alone, some small, some in pairs."""
     rng = random.Random(7)
     alone = [Scene([index], [None], rng.choice(list(COLOURS)) if k % 3 == 0 else None)
              for k in range(5) for index in range(len(GLYPHS))]  # fmt: skip

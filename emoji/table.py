@@ -1,0 +1,111 @@
+"""What each part of the loss does: trains the adaptors in every variant and measures the pictures of each.
+
+    python emoji/table.py            # goes on where it stopped; the variants are kept in runs/table
+
+Every variant is trained as `train.py --data emoji` trains, on the same targets, for fewer steps; and once more for as
+much time as the first takes, if it is cheaper or dearer. Two are trained at a time, one thread each. The columns are
+those of `evaluate.py`.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import hipa  # noqa: E402
+from evaluate import Evaluation, draw, row  # noqa: E402
+from lora import load_lora  # noqa: E402
+from sample import LORA_NAME, apply_lora, run, whole  # noqa: E402
+from train import GUIDANCE, LATENT, LAYERS  # noqa: E402
+
+OTHER = "attention" if LAYERS == "all" else "all"
+VARIANTS = {
+    "HiPA": [],
+    "HiPA, another seed": ["--seed", "1"],
+    "without the Fourier term": ["--fourier", "0"],
+    "without the Sobel term": ["--sobel", "0"],
+    "without both": ["--fourier", "0", "--sobel", "0"],
+    "latent MSE only": ["--spatial", "0", "--fourier", "0", "--sobel", "0", "--latent", "1"],
+    "without latent MSE" if LATENT else "with latent MSE": ["--latent", "0" if LATENT else "1"],
+    "LPIPS in DISTS' place": ["--distance", "lpips"],
+    "rank 4": ["--rank", "4"],
+    "rank 64": ["--rank", "64"],
+    {"all": "all layers", "attention": "attention only"}[OTHER]: ["--layers", OTHER],
+}
+
+
+def train(out, name, options, steps):
+    """One variant, unless it is there. Returns its folder."""
+    folder = out / f"{name.replace(' ', '-').replace(',', '').replace(chr(39), '')}-{steps}"
+    if not (folder / LORA_NAME).exists() or seconds_and_steps(folder)[1] < steps:
+        command = [sys.executable, HERE.parent / "train.py", "--out", folder]
+        if (folder / "settings.json").exists():
+            command += ["--resume"]
+        else:
+            command += ["--data", "emoji", "--targets", out / "targets", "--steps", str(steps), *options]
+        with open(out / f"{folder.name}.log", "w") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+    return folder
+
+
+def seconds_and_steps(folder):
+    with open(folder / "log.csv", newline="") as file:
+        *_, last = csv.DictReader(file)
+    return float(last["seconds"]), int(last["step"])
+
+
+@torch.no_grad()
+def measure(name, evaluation, seeds, steps=1, guidance=1.0, folder=None):
+    """Prints one row: the figures, trained parameters, minutes."""
+    model, cost = hipa.load("emoji"), "| | |"
+    if folder:
+        count = sum(A.numel() + B.numel() for A, B in load_lora(folder / LORA_NAME, model.unet).values())
+        apply_lora(model, folder / LORA_NAME)
+        seconds, updates = seconds_and_steps(folder)
+        name, cost = f"{name}, {updates:,} updates", f" {count:,} | {seconds / 60:.1f} |"
+    figures = [evaluation.measure(*draw(model, evaluation, steps, guidance, seed, 2)) for seed in range(seeds)]
+    print(row(name, figures) + cost, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/table"), help="(%(default)s)")
+    parser.add_argument("--seeds", type=whole(1), default=3, help="of the measured pictures (%(default)s)")
+    parser.add_argument("--jobs", type=whole(1), default=2, help="variants trained at a time (%(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=400, help="updates of each variant (%(default)s)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        train(args.out, "targets", [], 1)  # which all share
+        tasks = {name: pool.submit(train, args.out, name, options, args.steps) for name, options in VARIANTS.items()}
+        equal_steps = {name: task.result() for name, task in tasks.items()}
+        seconds, _ = seconds_and_steps(equal_steps["HiPA"])
+        equal_time = {}
+        for name, options in VARIANTS.items():
+            steps = round(args.steps * seconds / seconds_and_steps(equal_steps[name])[0])
+            if abs(steps / args.steps - 1) > 0.1:
+                equal_time[name] = pool.submit(train, args.out, name, options, steps)
+        equal_time = {name: task.result() for name, task in equal_time.items()}
+
+    model = hipa.load("emoji")
+    evaluation = Evaluation(model, 2)
+    print("| pictures | recognition | Fréchet | edges | all | trained parameters | minutes |")
+    print("|---|---|---|---|---|---|---|")
+    measure("25 steps", evaluation, args.seeds, 25, GUIDANCE)
+    measure("plain 1 step", evaluation, args.seeds)
+    for runs in (equal_steps, equal_time):
+        for name, folder in runs.items():
+            measure(name, evaluation, args.seeds, folder=folder)
+
+
+if __name__ == "__main__":
+    run(main)
