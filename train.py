@@ -60,7 +60,7 @@ PRESETS = {
 
 
 # Defaults that were measured; see the README.
-GUIDANCE, LAYERS, RADIUS = 3.0, "all", 0.25
+GUIDANCE, LAYERS, RADIUS = 2.0, "all", 0.25
 SPATIAL, FOURIER, SOBEL, LATENT = 1.0, 1.0, 1.0, 0.0
 
 
@@ -352,6 +352,8 @@ class Run:
         self.args, self.model, self.targets, self.loss = args, model, targets, loss
         torch.manual_seed(args.seed)
         self.parameters = add_lora(model.unet, args.rank, "all" if args.layers == "all" else ATTENTION)
+        names = [f"{path}.{factor}" for path in adapted(model.unet) for factor in "AB"]
+        self.named_parameters = dict(zip(names, self.parameters, strict=True))
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.step, self.seconds, self.rows = 0, 0.0, []
         self.student = model
@@ -391,17 +393,18 @@ class Run:
             dist.all_reduce(mean)
             mean /= WORLD
         *values, interrupted = mean.tolist()
-        if not math.isfinite(sum(values)):
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).item()
+        if not math.isfinite(sum(values) + norm):
             words = "; ".join(self.targets.prompt(k) for k, _ in chosen)
-            raise UserError(f"the loss is {sum(values)} at step {self.step}, prompts: {words}. Try a lower --lr")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            what = f"the loss is {sum(values)} and its gradient {norm} at step {self.step}"
+            raise UserError(f"{what}, prompts: {words}. What was saved before is kept; try a lower --lr")
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * schedule_of_lr(self.step, args.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         self.seconds += time.perf_counter() - start
-        row = {"step": self.step, "loss": sum(values), **dict(zip(total, values)), "gradient": norm.item()}
+        row = {"step": self.step, "loss": sum(values), **dict(zip(total, values)), "gradient": norm}
         self.rows.append({**row, "lr": group["lr"], "seconds": self.seconds})
         return row, bool(interrupted)
 
@@ -411,13 +414,10 @@ class Run:
         if RANK:
             return
         tensors = {}
-        for path, layer in adapted(self.model.unet).items():
-            for name, parameter in (("A", layer.lora_A.weight), ("B", layer.lora_B.weight)):
-                state = self.optimizer.state[parameter]
-                tensors[f"{path}.{name}"] = parameter
-                tensors[f"{path}.{name}.exp_avg"], tensors[f"{path}.{name}.exp_avg_sq"] = (
-                    state["exp_avg"], state["exp_avg_sq"],
-                )  # fmt: skip
+        for name, parameter in self.named_parameters.items():
+            state = self.optimizer.state[parameter]
+            tensors[name] = parameter
+            tensors |= {f"{name}.{moment}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
         args = self.args
         made = {"base_model": args.model, "rank": args.rank, "step": self.step}
         save_lora(args.out / LORA_NAME, self.model.unet, {key: str(value) for key, value in made.items()})
@@ -434,21 +434,14 @@ class Run:
             return
         with safe_open(path, "pt") as file:
             self.step, self.seconds = int(file.metadata()["step"]), float(file.metadata()["seconds"])
-            for name, layer in adapted(self.model.unet).items():
-                for end, parameter in (("A", layer.lora_A.weight), ("B", layer.lora_B.weight)):
-                    key = f"{name}.{end}"
-                    with torch.no_grad():
-                        parameter.copy_(file.get_tensor(key))
-                    self.optimizer.state[parameter] = {
-                        "step": torch.tensor(float(self.step)),
-                        "exp_avg": file.get_tensor(f"{key}.exp_avg").to(parameter.device),
-                        "exp_avg_sq": file.get_tensor(f"{key}.exp_avg_sq").to(parameter.device),
-                    }
+            for name, parameter in self.named_parameters.items():
+                parameter.data.copy_(file.get_tensor(name))
+                moments = {m: file.get_tensor(f"{name}.{m}").to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
         log = self.args.out / "log.csv"
         if log.exists():
             with open(log, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
-            self.rows = rows
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
 
     def write_log(self):
         """All steps so far. Written anew each time, atomically, so that it never holds steps the state does not."""
@@ -473,9 +466,8 @@ class Run:
         rows.append(self.model.vae.decode(x0.to(self.model.device, self.model.dtype)).float())
         folder = self.args.out / "samples"
         folder.mkdir(exist_ok=True)
-        grid([picture for row in rows for picture in to_pil(row)], columns=HELD_OUT).save(
-            folder / f"{self.step:06d}.png"
-        )
+        sheet = grid([picture for row in rows for picture in to_pil(row)], columns=HELD_OUT)
+        sheet.save(folder / f"{self.step:06d}.png")
 
     def train(self):
         args = self.args

@@ -52,14 +52,18 @@ def command(*args, **kwargs):
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 def bench_command():
-    """The whole command, start-up included, 25 steps, with the shortest diffusers script that does the same."""
+    """The whole command, start-up included, with the shortest diffusers script that does the same."""
     with tempfile.TemporaryDirectory() as out:
-        script = (
-            "from diffusers import StableDiffusionPipeline as P\n"
-            f"P.from_pretrained('emoji')('a cat', num_inference_steps=25).images[0].save('{out}/cat.png')"
-        )
-        ours = command(sys.executable, "sample.py", "a cat", "--steps", "25", "--out", out)
-        compare('`python sample.py "a cat"`, 25 steps', ours, command(sys.executable, "-c", script), 5)
+        for steps, options in ((1, ", guidance_scale=1"), (25, "")):
+            script = (
+                "from diffusers import StableDiffusionPipeline as P\n"
+                "pipe = P.from_pretrained('emoji')\n"
+                f"if {steps} == 1: pipe.load_lora_weights('emoji')\n"
+                f"pipe('a cat', num_inference_steps={steps}{options}).images[0].save('{out}/cat.png')"
+            )
+            ours = command(sys.executable, "sample.py", "a cat", "--steps", str(steps), "--out", out)
+            theirs = command(sys.executable, "-c", script)
+            compare(f'`python sample.py "a cat" --steps {steps}`', ours, theirs, 5)
 
 
 def networks(folder):
@@ -156,10 +160,157 @@ def write_large_checkpoint(folder):
     write_index(folder)
 
 
+TRAIN = """
+import json, re, sys, time
+from statistics import median
+import torch
+kind, batch = sys.argv[1], int(sys.argv[2])
+sys.path.insert(0, ".")
+import hipa
+from losses import HiPALoss
+from lora import add_lora
+from train import HERE, load_distance
+torch.manual_seed(0)
+model, loss = hipa.load("emoji"), HiPALoss(load_distance("dists", HERE / "emoji"))
+noise, target = torch.randn(2, batch, 4, 16, 16)
+timesteps, seconds = torch.full((batch,), 999), []
+with torch.no_grad():
+    states = model.encode(["a cat"] * batch)
+unet, decode = model.unet, model.vae.decode
+if kind == "ours":
+    parameters = add_lora(unet, 16, "all")
+else:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from peft import LoraConfig
+    unet = UNet2DConditionModel.from_pretrained("emoji/unet", torch_dtype=torch.float32).requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained("emoji/vae", torch_dtype=torch.float32).requires_grad_(False)
+    del model.unet, model.vae
+    decode = lambda latent: vae.decode(latent / vae.config.scaling_factor).sample
+    layers = [n for n, m in unet.named_modules() if type(m) in (torch.nn.Linear, torch.nn.Conv2d)]
+    unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=layers))
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(parameters, 1e-4)
+with torch.no_grad():
+    picture = decode(target)
+for _ in range(5):
+    start = time.perf_counter()
+    prediction = unet(noise, timesteps, states)
+    prediction = prediction if kind == "ours" else prediction.sample
+    terms = loss(decode(model.schedule.predict_x0(noise, timesteps, prediction)), picture)
+    sum(terms.values()).backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    seconds.append(time.perf_counter() - start)
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**20
+print(json.dumps([median(seconds[1:]), peak, sum(p.numel() for p in parameters)]))
+"""
+
+
+def bench_train():
+    """One update of the adaptors of every layer, rank 16, with the same loss: ours, and diffusers' networks with peft.
+
+    A process each, so that the peak of memory is its own; it includes the interpreter and the libraries.
+    """
+    batch, results = 8, {}
+
+    def training(kind, which):
+        def run():
+            done = subprocess.run(
+                [sys.executable, "-c", TRAIN, kind, str(batch)],
+                check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+            results[kind] = json.loads(done.stdout.splitlines()[-1])
+            return results[kind][which]
+
+        return run
+
+    compare(f"training step, emoji, batch {batch}", training("ours", 0), training("theirs", 0), 3)
+    compare("peak memory of that", training("ours", 1), training("theirs", 1), 1, "GiB")
+    assert results["ours"][2] == results["theirs"][2], results  # the same number of trained parameters
+
+
+def bench_gpu():
+    """Training at 2.1-base's size on a GPU: random weights, 512x512, bfloat16, compiled, checkpointed."""
+    if not torch.cuda.is_available():
+        print("no GPU here: its rows are left out")
+        return
+    import train
+    from clip import CLIPTextConfig, CLIPTextModel
+    from lora import add_lora
+    from losses import DISTS, VGG, HiPALoss
+    from unet import UNet2DConditionModel, UNetConfig
+    from vae import AutoencoderKL, VAEConfig
+
+    torch.set_float32_matmul_precision("high")
+    official, kinds = CONFIGS / "sd21base", (CLIPTextModel, UNet2DConditionModel, AutoencoderKL)
+    with torch.device("cuda"):
+        text, unet, vae = (
+            kind(hipa.read_config(config, official / part / "config.json")).to(torch.bfloat16).requires_grad_(False)
+            for kind, config, part in zip(
+                kinds, (CLIPTextConfig, UNetConfig, VAEConfig), ("text_encoder", "unet", "vae")
+            )
+        )
+        loss = HiPALoss(DISTS(VGG())).cuda()
+    unet.conv_norm_out.float(), unet.conv_out.float()  # as the loader does
+    parameters = add_lora(unet, 16)
+    print(f"{torch.cuda.get_device_name()}, {sum(p.numel() for p in parameters):,} trained parameters")
+    optimizer, schedule = torch.optim.AdamW(parameters, 1e-4, fused=True), hipa.Schedule()
+
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    rate = 2 * 8192**3 * 20 / gpu_seconds(lambda: [a @ b for _ in range(20)], 3)
+    print(f"a matrix product of 8192: {rate / 1e12:.0f} TFLOP/s in bfloat16")
+
+    def step(batch):
+        noise, target = torch.randn(2, batch, 4, 64, 64, device="cuda")
+        timesteps, states = torch.full((batch,), 999, device="cuda"), text(torch.ones(batch, 77, dtype=int).cuda())
+
+        def run():
+            x0 = schedule.predict_x0(noise, timesteps, unet(noise.bfloat16(), timesteps, states).float())
+            with torch.no_grad():
+                picture = vae.decode(target.bfloat16()).float()
+            sum(loss(vae.decode(x0.bfloat16()).float(), picture).values()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step(1)()
+    flops = counter.get_total_flops()
+    train.checkpoint_activations(unet, vae.decoder)
+    for net in (unet, vae.decoder, loss.distance):
+        net.compile()
+    print("| batch | samples/s | peak GiB | share of the matrix product's rate | hours for 100,000 pairs |")
+    print("|---|---|---|---|---|")
+    for batch in (1, 4, 8):
+        torch.cuda.reset_peak_memory_stats()
+        seconds = gpu_seconds(step(batch), 5) / batch
+        peak, share = torch.cuda.max_memory_allocated() / 2**30, flops / seconds / rate
+        print(
+            f"| {batch} | {1 / seconds:.2f} | {peak:.1f} | {share:.2f} | {seconds * 100_000 / 3600:.1f} |", flush=True
+        )
+
+
+def gpu_seconds(function, rounds):
+    """Median seconds of a call, after three unmeasured ones."""
+    times = []
+    for _ in range(3 + rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[3:])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="command|small|large|load")
-    rows = parser.parse_args().rows or ["command", "small", "large", "load"]
+    parser.add_argument("rows", nargs="*", metavar="command|small|train|large|load|gpu")
+    rows = parser.parse_args().rows or ["command", "small", "train", "large", "load", "gpu"]
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32\n")
     print("| | hipa | diffusers | ratio |\n|---|---|---|---|")
@@ -168,6 +319,8 @@ def main():
     if "small" in rows:
         bench_forward("emoji", ROOT / "emoji", 1, 16, 40)
         bench_forward("emoji", ROOT / "emoji", 16, 16, 10)
+    if "train" in rows:
+        bench_train()
     if "large" in rows or "load" in rows:
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder) / "large"
@@ -176,6 +329,8 @@ def main():
                 bench_load(folder)
             if "large" in rows:
                 bench_forward("2.1-base", folder, 1, 32, 3)
+    if "gpu" in rows:
+        bench_gpu()
 
 
 if __name__ == "__main__":
