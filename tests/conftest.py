@@ -15,6 +15,10 @@ sys.path.insert(0, str(ROOT))
 
 torch.set_num_threads(2)
 
+# Packages in a folder of their own, because where torchvision is installed, diffusers and transformers import it too.
+ORACLES = ROOT / "tests" / "oracles"
+INSTALL_ORACLES = "pip install --no-deps --target tests/oracles -r tests/requirements-nodeps.txt"
+
 SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
 }  # fmt: skip

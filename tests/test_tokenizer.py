@@ -5,7 +5,6 @@ imported (it wants torchvision): its file is read where pip put it.
 """
 
 import gzip
-import importlib.metadata
 import json
 import random
 import warnings
@@ -14,6 +13,7 @@ import ftfy
 import pytest
 
 from clip import Tokenizer, byte_characters
+from conftest import INSTALL_ORACLES, ORACLES
 
 PADS = {"sd15": "<|endoftext|>", "sd21": "!"}
 BEGIN, END = 49406, 49407
@@ -23,14 +23,10 @@ BEGIN, END = 49406, 49407
 @pytest.fixture(scope="session")
 def clip_vocabulary():
     """({token: id}, [(left, right)]) of CLIP, built from its merges as OpenAI's simple_tokenizer.py does."""
-    try:
-        files = importlib.metadata.files("open_clip_torch") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    found = [file.locate() for file in files if file.name == "bpe_simple_vocab_16e6.txt.gz"]
-    if not found:
-        pytest.skip("CLIP's vocabulary is missing: pip install --no-deps open_clip_torch==3.3.0")
-    lines = gzip.decompress(found[0].read_bytes()).decode("utf-8").split("\n")
+    path = ORACLES / "open_clip" / "bpe_simple_vocab_16e6.txt.gz"
+    if not path.exists():
+        pytest.skip(f"CLIP's vocabulary is missing: {INSTALL_ORACLES}")
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
     characters = list(byte_characters().values())
     tokens = characters + [c + "</w>" for c in characters] + ["".join(pair) for pair in merges]

@@ -551,7 +551,7 @@ def test_a_second_ctrl_c_ends_at_once(begin, monkeypatch, tmp_path):
 def nearly_same_run(a, b):
     """Equal but for the order of sums. Adam hides the gradient's scale; the log shows its length."""
     for name in ("loss", *TERMS, "gradient"):
-        assert log(a)[name] == pytest.approx(log(b)[name], rel=1e-3), name
+        assert log(a)[name] == pytest.approx(log(b)[name], rel=1e-2, abs=1e-6), name
     assert difference(a / LORA, b / LORA) < 1e-5
 
 
