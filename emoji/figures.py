@@ -12,7 +12,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import hipa  # noqa: E402
 from evaluate import Evaluation, draw  # noqa: E402
 from sample import LORA_NAME, apply_lora, grid, to_pil  # noqa: E402
-from train import GUIDANCE  # noqa: E402
+from train import PRESETS  # noqa: E402
 
 DOCS = HERE.parent / "docs"
 PROMPTS = [
@@ -69,7 +69,11 @@ def main():
     frozen, adapted = hipa.load("emoji"), hipa.load("emoji")
     apply_lora(adapted, HERE / LORA_NAME)
     DOCS.mkdir(exist_ok=True)
-    rows = {"25 steps": (frozen, 25, GUIDANCE), "plain 1 step": (frozen, 1, 1.0), "HiPA 1 step": (adapted, 1, 1.0)}
+    rows = {
+        "25 steps": (frozen, 25, PRESETS["emoji"]["guidance"]),
+        "plain 1 step": (frozen, 1, 1.0),
+        "HiPA 1 step": (adapted, 1, 1.0),
+    }
     strip(rows, DOCS / "strip.png")
     spectrum(rows, DOCS / "spectrum.png")
 

@@ -24,21 +24,22 @@ import hipa  # noqa: E402
 from evaluate import Evaluation, draw, row  # noqa: E402
 from lora import load_lora  # noqa: E402
 from sample import LORA_NAME, apply_lora, run, whole  # noqa: E402
-from train import GUIDANCE, LATENT, LAYERS  # noqa: E402
+from train import PRESETS  # noqa: E402
 
-OTHER = "attention" if LAYERS == "all" else "all"
+ONLY_LATENT = ["--spatial", "0", "--fourier", "0", "--sobel", "0", "--latent", "1", "--head-start", "0"]
 VARIANTS = {
     "HiPA": [],
     "HiPA, another seed": ["--seed", "1"],
     "without the Fourier term": ["--fourier", "0"],
     "without the Sobel term": ["--sobel", "0"],
     "without both": ["--fourier", "0", "--sobel", "0"],
-    "latent MSE only": ["--spatial", "0", "--fourier", "0", "--sobel", "0", "--latent", "1"],
-    "without latent MSE" if LATENT else "with latent MSE": ["--latent", "0" if LATENT else "1"],
+    "latent error only": ONLY_LATENT,
+    "without the latent error": ["--latent", "0", "--head-start", "0"],
+    "without the head start": ["--head-start", "0"],
     "LPIPS in DISTS' place": ["--distance", "lpips"],
     "rank 4": ["--rank", "4"],
     "rank 64": ["--rank", "64"],
-    {"all": "all layers", "attention": "attention only"}[OTHER]: ["--layers", OTHER],
+    "attention only": ["--layers", "attention"],
 }
 
 
@@ -100,7 +101,7 @@ def main():
     evaluation = Evaluation(model, 2)
     print("| pictures | recognition | Fréchet | edges | all | trained parameters | minutes |")
     print("|---|---|---|---|---|---|---|")
-    measure("25 steps", evaluation, args.seeds, 25, GUIDANCE)
+    measure("25 steps", evaluation, args.seeds, 25, PRESETS["emoji"]["guidance"])
     measure("plain 1 step", evaluation, args.seeds)
     for runs in (equal_steps, equal_time):
         for name, folder in runs.items():
