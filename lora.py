@@ -11,6 +11,7 @@ scale alpha / rank folded into B. Files by peft, by older diffusers and by kohya
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -72,6 +73,8 @@ def add_lora(net, rank=16, targets=ATTENTION):
     `targets` may also be "all", or {module path: rank}. Returns the trainable parameters. Raises ValueError if nothing
     matches.
     """
+    if adapted(net):
+        raise ValueError("the network has adaptors already")
     net.requires_grad_(False)
     for path, module in list(net.named_modules()):
         if isinstance(targets, dict):
@@ -132,7 +135,7 @@ def merge(net, loras, weight=1.0):
         if base is None:
             raise ValueError(f"the adaptors are for another network: this one has no layer {path}")
         shape = (B.shape[0], *A.shape[1:])
-        if tuple(base.shape) != shape or A.shape[0] != B.shape[1]:
+        if tuple(base.shape) != shape or A.shape[0] != B[0].numel():
             raise ValueError(f"the adaptors are for another network: {path} is {tuple(base.shape)} here, {shape} there")
     for path, (A, B) in loras.items():
         base = modules[path].weight
@@ -178,9 +181,11 @@ def load_lora(path, net):
     try:
         with safe_open(path, "pt") as file:
             # peft's settings, as diffusers writes them: {"unet.r": 16, "unet.lora_alpha": 8, ...}
+            # Without "unet." where the UNet saved itself.
             settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            settings = {key.removeprefix("unet."): value for key, value in settings.items()}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from None
     # kohya writes module paths with "_" for ".", which only the network itself can undo.
     paths = {path: path for path, _ in net.named_modules()} | {p.replace(".", "_"): p for p, _ in net.named_modules()}
@@ -200,13 +205,21 @@ def load_lora(path, net):
         raise ValueError(f"{path} holds no adaptors for this network's UNet, or others too: {which}")
     loras = {}
     for name, parts in found.items():
-        A, B, rank = parts["A"], parts["B"], parts["A"].shape[0]
-        patterns = settings.get("unet.alpha_pattern") or {}
-        alpha = next((a for pattern, a in patterns.items() if name.endswith(pattern)), None)
-        alpha = parts.get("alpha", alpha if alpha is not None else settings.get("unet.lora_alpha", rank))
-        divisor = rank**0.5 if settings.get("unet.use_rslora") else rank
-        loras[name] = A, B * (float(alpha) / divisor)
+        try:
+            A, B, rank = parts["A"], parts["B"], parts["A"].shape[0]
+            loras[name] = A, B * scale(settings, name, rank, parts.get("alpha"))
+        except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RuntimeError, re.error) as error:
+            raise ValueError(f"{path} is damaged at {name}: {error}") from None
     return loras
+
+
+def scale(settings, name, rank, alpha=None):
+    """alpha / rank: alpha as kept with the layer, else as peft's settings have it, else the rank."""
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if alpha is None and re.match(rf"(.*\.)?({pattern})$", name):  # as peft matches: the end of a path, or a regex
+            alpha = value
+    alpha = settings.get("lora_alpha", rank) if alpha is None else alpha
+    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 @torch.no_grad()

@@ -93,11 +93,11 @@ def lora_weight(text):
         return None, 0.0
     path, weight = text, 1.0
     head, colon, tail = text.rpartition(":")
-    if colon and not Path(text).exists():
+    if colon and not os.path.exists(text):  # Path.exists() raises for names the file system cannot hold
         with contextlib.suppress(ValueError):
             path, weight = head, float(tail)
-    path = Path(path) / LORA_NAME if Path(path).is_dir() else Path(path)
-    if not path.is_file():
+    path = Path(path) / LORA_NAME if os.path.isdir(path) else Path(path)
+    if not os.path.isfile(path):
         raise argparse.ArgumentTypeError(f"no file {str(path)!r}")
     if not -100 <= weight <= 100:  # false for nan
         raise argparse.ArgumentTypeError(f"{tail!r} is not a weight from -100 to 100")

@@ -96,7 +96,7 @@ def parse_args(argv=None):
     add("--lr", type=number, help=f"learning rate {preset('lr')}")
     add("--rank", type=whole(1), default=16, help="of the adaptors (%(default)s)")
     add("--layers", choices=["attention", "all"],
-        help=f"attention: to_q, to_k, to_v, to_out; all: each linear layer and convolution {preset('layers')}")  # fmt: skip
+        help=f"attention: to_q, to_k, to_v, to_out; all: every linear or convolution {preset('layers')}")  # fmt: skip
     add("--later", type=number, default=0.25, help="share of pictures begun at t < 999 (%(default)s)")
     add("--distance", choices=["dists", "lpips"], default="dists", help="between pictures (%(default)s)")
     for name, weight in WEIGHTS.items():

@@ -82,7 +82,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/table"), help="(%(default)s)")
     parser.add_argument("--seeds", type=whole(1), default=3, help="of the measured pictures (%(default)s)")
     parser.add_argument("--jobs", type=whole(1), default=2, help="variants trained at a time (%(default)s)")
-    parser.add_argument("--steps", type=whole(1), default=400, help="updates of each variant (%(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=300, help="updates of each variant (%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:

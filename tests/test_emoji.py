@@ -16,7 +16,10 @@ EMOJI = Path(hipa.__file__).parent / "emoji"
 sys.path.insert(0, str(EMOJI))
 
 import evaluate  # noqa: E402
+import figures  # noqa: E402
 import make  # noqa: E402
+import table  # noqa: E402
+import train  # noqa: E402
 
 GLYPHS = evaluate.read_glyphs()
 
@@ -24,6 +27,12 @@ GLYPHS = evaluate.read_glyphs()
 @pytest.fixture(scope="module")
 def model():
     return hipa.load("emoji")
+
+
+def adapted():
+    model = hipa.load("emoji")
+    sample.apply_lora(model, EMOJI / sample.LORA_NAME)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoint
@@ -41,12 +50,27 @@ def test_diffusers_draws_the_same(model, steps):
     assert largest <= 1
 
 
+def test_diffusers_draws_the_same_with_the_adaptors():
+    """One step, the shipped file: merged here, beside the layers there."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(EMOJI)
+    pipeline.load_lora_weights(EMOJI)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    theirs = pipeline("a cat", num_inference_steps=1, generator=generator, guidance_scale=1).images[0]
+    ours = sample.to_pil(hipa.sample(adapted(), ["a cat"], [3], 1))[0]
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
+
+
 def test_the_first_command_of_the_readme(tmp_path):
-    """From another folder, without a network, without options."""
-    command = [sys.executable, EMOJI.parent / "sample.py", "a cat", "--steps", "2"]
+    """From another folder, without a network, without options: one step, with the adaptors."""
+    command = [sys.executable, EMOJI.parent / "sample.py", "a cat"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     path = tmp_path / done.stdout.strip()
-    assert Image.open(path).size == (64, 64) and path.parent == tmp_path / "outputs"
+    picture = Image.open(path)
+    assert picture.size == (64, 64) and path.parent == tmp_path / "outputs"
+    assert "Steps: 1," in picture.text["parameters"] and sample.LORA_NAME in picture.text["parameters"]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +133,31 @@ def test_real_pictures_are_recognised(model):
     assert recognised > 95 and edges > 1
     shuffled = evaluation.measure(evaluation.real[0], evaluation.real[1].roll(evaluate.OTHER_VIEWS))
     assert shuffled[0] < 5 and shuffled[1] == pytest.approx(distance)
+
+
+def test_one_step_is_crisp(model):
+    """What the project is about, on one picture of every glyph: plain one step is a blur, with the adaptors it is not,
+    and it is nearer to real pictures. The README has the figures over more pictures."""
+    evaluation = evaluate.Evaluation(model, 1)
+    _, plain_distance, plain_edges, _ = evaluation.measure(*evaluate.draw(model, evaluation, 1, 1.0, 0, 1))
+    recognised, distance, edges, _ = evaluation.measure(*evaluate.draw(adapted(), evaluation, 1, 1.0, 0, 1))
+    print(f"recognised {recognised:.0f} %, distance {distance:.2f} from {plain_distance:.2f}, edges {edges:.2f}")
+    assert recognised > 95 and distance < plain_distance / 2
+    assert plain_edges < 0.2 and 0.75 < edges < 1.2
+
+
+def test_every_variant_of_the_table_is_a_command():
+    """The table trains with options that train.py has."""
+    for options in table.VARIANTS.values():
+        assert train.parse_args(["--data", "emoji", *options]).data == "emoji"
+
+
+def test_radial_power():
+    """A wave of 8 cycles across the picture has its power in bin 8, whichever way it runs."""
+    angle = torch.arange(64) * 2 * torch.pi * 8 / 64
+    for wave in (angle.cos().expand(64, 64), angle.cos().expand(64, 64).T):
+        power = figures.radial_power(wave.expand(1, 3, 64, 64))
+        assert len(power) == 33 and power.argmax() == 8
 
 
 # ---------------------------------------------------------------------------------------------------------- the making

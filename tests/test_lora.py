@@ -164,7 +164,7 @@ def test_lora_off_nests(unet):
 @LAYERS
 def test_only_the_factors_learn(unet, targets):
     """After a backward pass A and B have gradients, and the frozen base has none."""
-    parameters = add_lora(unet, 4, targets)
+    parameters = add_lora(unet.requires_grad_(True), 4, targets)
     for seed, parameter in enumerate(parameters):  # A has a gradient only where B is not zero
         parameter.data = 0.2 * normal(*parameter.shape, seed=seed)
     unet(*unet_inputs(unet.config)).square().mean().backward()

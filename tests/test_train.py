@@ -40,13 +40,13 @@ from lora import load_lora
 from losses import VGG, HiPALoss, VGGConfig
 
 PROMPTS = ["a cat", "a dog", "a cat and a dog", "a red cat", "two dogs"]  # fewer than pairs: they come around again
-GUIDANCE, TEACHER_STEPS, PAIRS, STEPS = 3.0, 4, 8, 8
+GUIDANCE, TEACHER_STEPS, PAIRS, STEPS = 3.0, 4, 8, 6
 FIRST = train.FIRST_SEED
 SIDE = 32  # of the small checkpoint's pictures
 FLAGS = {
     "pairs": PAIRS, "guidance": GUIDANCE, "teacher-steps": TEACHER_STEPS, "steps": STEPS, "batch": 4, "lr": 3e-4,
     "rank": 2, "layers": "attention", "later": 0.5, "distance": "dists", "spatial": 1, "fourier": 1, "sobel": 1,
-    "latent": 0, "radius": 0.25, "seed": 5, "save-every": 2, "device": "cpu", "dtype": "float32",
+    "latent": 0, "head-start": 0, "radius": 0.25, "seed": 5, "save-every": 2, "device": "cpu", "dtype": "float32",
 }  # fmt: skip
 TERMS = ["spatial", "fourier", "sobel"]
 LORA, STATE = sample.LORA_NAME, "state.safetensors"
@@ -174,10 +174,10 @@ def student(model, prompts, finished):
 
 
 def log(out):
-    """log.csv as {column: [values]}"""
+    """log.csv as {column: [values]}; None where a step has none."""
     with open(out / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+    return {name: [float(row[name]) if row[name] else None for row in rows] for name in rows[0]}
 
 
 def saved_step(out):
@@ -226,7 +226,7 @@ def test_what_a_run_leaves(finished):
     assert finished.result.out == [str(finished.out / LORA)]
     assert {str(path.relative_to(finished.out)) for path in contents(finished.out)} == {
         "settings.json", "log.csv", STATE, LORA, "targets/settings.json", "targets/000000.safetensors",
-        *(f"samples/{step:06d}.png" for step in (2, 4, 6, 8)),
+        *(f"samples/{step:06d}.png" for step in range(2, STEPS + 1, 2)),
     }  # fmt: skip
     settings = json.loads((finished.out / "settings.json").read_text())
     assert {name: settings[name.replace("-", "_")] for name in FLAGS} == FLAGS
@@ -462,7 +462,7 @@ def process(tmp_path):
     """Starts the real command, with one thread as this process has."""
     started = []
 
-    def start(*argv):
+    def start(*argv, **env):
         started.append(
             subprocess.Popen(
                 [sys.executable, *map(str, argv)],
@@ -470,7 +470,7 @@ def process(tmp_path):
                 stderr=subprocess.PIPE,
                 text=True,
                 cwd=tmp_path,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # pytest in the background ignores it
             )
         )
@@ -576,28 +576,30 @@ train.run(train.main)
 """
 
 
+def free_port():
+    with socketserver.TCPServer(("127.0.0.1", 0), None) as free:
+        return free.server_address[1]
+
+
 @pytest.fixture
-def torchrun(process, tmp_path):
-    """Runs train.py in two processes; SIGTERM reaches the second one at `step`. -> exit code, stdout, stderr"""
+def script(tmp_path):
+    """Makes a train.py with small shards, in which SIGTERM reaches the second process at `step`."""
 
-    def call(*argv, step=-1):
-        script = tmp_path / "script.py"
-        script.write_text(SCRIPT.format(root=str(ROOT), step=step))
-        with socketserver.TCPServer(("127.0.0.1", 0), None) as free:
-            port = free.server_address[1]
-        place = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", port]
-        child = process("-m", "torch.distributed.run", *place, script, *argv)
-        out, err = child.communicate()
-        return child.returncode, out, err
+    def write(step=-1):
+        path = tmp_path / "script.py"
+        path.write_text(SCRIPT.format(root=str(ROOT), step=step))
+        return path
 
-    return call
+    return write
 
 
-def test_two_processes_do_what_one_does(begin, finished, torchrun, tmp_path):
-    """Each draws half of the targets and takes half of every batch; the first one writes."""
+def test_two_processes_do_what_one_does(begin, finished, process, script, tmp_path):
+    """torchrun: each draws half of the targets and takes half of every batch; the first one writes."""
     out = tmp_path / "run"
-    code, stdout, stderr = torchrun(*begin(targets=out / "targets"))
-    assert (code, stdout) == (0, f"{out / LORA}\n"), stderr
+    place = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    child = process("-m", "torch.distributed.run", *place, script(), *begin(targets=out / "targets"))
+    stdout, stderr = child.communicate()
+    assert (child.returncode, stdout) == (0, f"{out / LORA}\n"), stderr
     there = load_file(finished.out / "targets" / "000000.safetensors")
     made = [load_file(out / "targets" / f"{shard:06d}.safetensors") for shard in range(2)]
     for key, tensor in there.items():
@@ -605,10 +607,14 @@ def test_two_processes_do_what_one_does(begin, finished, torchrun, tmp_path):
     nearly_same_run(out, finished.out)
 
 
-def test_a_signal_to_one_process_stops_all(begin, finished, torchrun, tmp_path):
-    """They agree on the step; one process alone can go on from there."""
-    code, stdout, stderr = torchrun(*begin(), step=2)
-    assert code != 0 and stdout == "" and "saved at step 3; --resume" in stderr
+def test_a_signal_to_one_process_stops_all(begin, finished, process, script, tmp_path):
+    """They agree on the step, and one process alone can go on from there."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    path = script(step=2)
+    children = [process(path, *begin(), RANK=str(rank), **place) for rank in range(2)]
+    ends = [child.communicate() for child in children]
+    assert [child.returncode for child in children] == [143, 143] and [out for out, _ in ends] == ["", ""], ends
+    assert "saved at step 3; --resume" in ends[0][1] and "--resume" not in ends[1][1]
     assert saved_step(tmp_path / "run") == 3
     resume(tmp_path / "run")
     nearly_same_run(tmp_path / "run", finished.out)
@@ -846,6 +852,15 @@ def test_without_a_loss_of_pictures_nothing_is_decoded(student, monkeypatch):
     assert decoded == [4, 4] and row["loss"] == pytest.approx(row["latent"] + sum(row[name] for name in TERMS))
 
 
+def test_a_head_start(begin, tmp_path):
+    """A first share of the steps has the latents' error alone, and the rest the terms that were asked for."""
+    done(*begin(head_start=0.5, steps=4))
+    columns = log(tmp_path / "run")
+    assert [value is not None for value in columns["latent"]] == [True, True, False, False]
+    assert all([value is not None for value in columns[name]] == [False, False, True, True] for name in TERMS)
+    assert columns["loss"][:2] == columns["latent"][:2]
+
+
 def test_weights_of_the_terms(student):
     """Twice the weight, twice the term; weight 0 leaves it out."""
     once, twice = (student(**weights).update()[0] for weights in ({}, {"fourier": 2, "sobel": 0}))
@@ -942,14 +957,20 @@ def test_rounds_that_end_within_a_batch():
     assert all(sorted(pairs[i : i + 5]) == list(range(5)) for i in range(0, 20, 5))
 
 
-def test_a_step_depends_on_its_number_and_the_seed_only():
+def test_a_step_depends_on_its_number_only():
     """Not on the steps before it, nor on the global generator."""
     first = [train.pairs_of_step(step, settings()) for step in range(6)]
     train.shuffled.cache_clear()
     torch.manual_seed(99)
     assert [train.pairs_of_step(step, settings()) for step in reversed(range(6))] == first[::-1]
-    assert train.pairs_of_step(0, settings(seed=4)) != first[0]
     assert first[0] != first[3]
+
+
+def test_the_seed_decides_the_order_of_pairs_and_the_points():
+    """Other seeds, other orders and other points."""
+    steps = [[train.pairs_of_step(step, settings(seed=seed)) for step in range(3)] for seed in range(3)]
+    for part in (0, 1):
+        assert len({tuple(pair[part] for step in each for pair in step) for each in steps}) == 3
 
 
 def test_the_share_that_begins_later():
