@@ -93,7 +93,7 @@ def main():
         equal_time = {}
         for name, options in VARIANTS.items():
             steps = round(args.steps * seconds / seconds_and_steps(equal_steps[name])[0])
-            if abs(steps / args.steps - 1) > 0.1:
+            if abs(steps / args.steps - 1) > 0.15:
                 equal_time[name] = pool.submit(train, args.out, name, options, steps)
         equal_time = {name: task.result() for name, task in equal_time.items()}
 
