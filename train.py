@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -121,6 +122,8 @@ def parse_args(argv=None):
     args.targets = args.targets or args.out / "targets"
     if args.batch % (WORLD * args.accumulate):
         parser.error(f"--batch {args.batch} does not divide into {WORLD} processes x {args.accumulate} parts")
+    if max(args.later, args.head_start) > 1:
+        parser.error("--later and --head-start are shares, from 0 to 1")
     if not any((args.spatial, args.fourier, args.sobel, args.latent)):
         parser.error("all terms of the loss have weight 0")
     return args
@@ -137,9 +140,9 @@ def resumed(parser, args, argv):
     path = args.out / "settings.json"
     try:
         settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        settings["targets"] = Path(settings["targets"])
+    except (OSError, ValueError, KeyError, TypeError):
         parser.error(f"{args.out} holds no run to go on with")
-    settings["targets"] = Path(settings["targets"])
     parser.set_defaults(**settings)
     args = parser.parse_args(argv)
     for name, value in settings.items():
@@ -179,16 +182,17 @@ def download_coco(path):
             part.write_bytes(file.read("annotations/captions_train2017.json"))
             part.replace(path)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{archive} is not the archive of COCO's annotations: {error}") from None
-    archive.unlink()
+        raise UserError(f"{url} is not the archive of COCO's annotations: {error}") from None
+    finally:
+        archive.unlink()
 
 
 def fetch_file(url, path, digest):
     """Downloads `url` to `path`, which appears only once its sha256 is `digest`. Raises UserError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, path, hash_prefix=digest)
-    except (OSError, RuntimeError) as error:  # no network; another sha256
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:  # no network; another sha256
         raise UserError(f"cannot download {url}: {error}") from None
 
 
@@ -339,7 +343,7 @@ def schedule_of_lr(step, steps):
 
 def pairs_of_step(step, args):
     """The (pair, point) of every picture of a step: pairs in shuffled order, each once per round; most at the noise."""
-    generator = torch.Generator().manual_seed(2**32 * (args.seed + 1) + step)
+    generator = seeded("step", args.seed, step)
     later = torch.rand(args.batch, generator=generator) < args.later
     points = torch.where(later, torch.randint(POINTS, (args.batch,), generator=generator), -1)
     places = range(step * args.batch, (step + 1) * args.batch)
@@ -349,7 +353,12 @@ def pairs_of_step(step, args):
 
 @functools.lru_cache(maxsize=2)
 def shuffled(n, seed, turn):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(2**32 * (seed + 1) - 1 - turn)).tolist()
+    return torch.randperm(n, generator=seeded("round", seed, turn)).tolist()
+
+
+def seeded(*key):
+    """A generator for `key`. torch's on the CPU looks at the lowest 32 bits of its seed only, so they are mixed."""
+    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
 
 
 class Run:
@@ -428,11 +437,11 @@ class Run:
         args = self.args
         made = {"base_model": args.model, "rank": args.rank, "step": self.step}
         save_lora(args.out / LORA_NAME, self.model.unet, {key: str(value) for key, value in made.items()})
+        self.write_log()
         # Last, for it is what --resume believes.
         save_atomically(
             tensors, args.out / "state.safetensors", {"step": str(self.step), "seconds": repr(self.seconds)}
         )
-        self.write_log()
 
     def resume(self):
         """Takes up the state that is kept in the run's folder, if there is one."""
@@ -451,7 +460,7 @@ class Run:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
 
     def write_log(self):
-        """All steps so far. Written anew each time, atomically, so that it never holds steps the state does not."""
+        """All steps so far, anew each time, atomically. Steps that the state does not have are dropped by resume()."""
         part = self.args.out / "log.part"
         with open(part, "w", newline="") as file:
             columns = {column: None for row in (self.rows[0], self.rows[-1]) for column in row}
@@ -479,21 +488,20 @@ class Run:
 
     def train(self):
         args = self.args
-        bar = tqdm(total=args.steps, initial=self.step, desc="adaptors", unit="step", disable=RANK > 0)
         average = None
-        while self.step < args.steps:
-            row, interrupted = self.update()
-            average = row["loss"] if average is None else 0.95 * average + 0.05 * row["loss"]
-            bar.update()
-            bar.set_postfix(loss=f"{average:.4f}", refresh=False)
-            done = self.step == args.steps
-            if done or interrupted or self.step % args.save_every == 0:
-                self.save()
-                if not interrupted:
-                    self.draw_samples()
-            if interrupted:
-                stop(f"{args.out}: saved at step {self.step}; --resume goes on")
-        bar.close()
+        with tqdm(total=args.steps, initial=self.step, desc="adaptors", unit="step", disable=RANK > 0) as bar:
+            while self.step < args.steps:
+                row, interrupted = self.update()
+                average = row["loss"] if average is None else 0.95 * average + 0.05 * row["loss"]
+                bar.update()
+                bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+                done = self.step == args.steps
+                if done or interrupted or self.step % args.save_every == 0:
+                    self.save()
+                    if not interrupted:
+                        self.draw_samples()
+                if interrupted:
+                    stop(f"{args.out}: saved at step {self.step}; --resume goes on")
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -513,7 +521,7 @@ INTERRUPTED = Interrupted()
 
 def stop(message):
     if not RANK:
-        print(message, file=sys.stderr)
+        tqdm.write(message, file=sys.stderr)  # not behind the progress bar
     sys.exit(128 + (INTERRUPTED.is_set or signal.SIGTERM))
 
 
@@ -542,19 +550,21 @@ def main():
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU; no effect on a CPU
     writable(args.out)
     prompts = find_prompts(args.data)
+    if RANK:
+        barrier()  # the first process downloads it, the others find it in the cache
     checkpoint_folder = hipa.find_checkpoint(args.model)
+    if not RANK:
+        barrier()
     distance = load_distance(args.distance, checkpoint_folder)
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     model = hipa.load(checkpoint_folder, device, getattr(torch, dtype))
     barrier()
-    if not RANK:
-        kept = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if key != "resume"}
-        (args.out / "settings.json").write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
-
     targets = Targets(args.targets, prompts, model.schedule.num_train_timesteps - 1)
     if not RANK:
         sha256 = hipa.sha256(hipa.weights_file(checkpoint_folder / "unet"))
         targets.check(unet=sha256, guidance=args.guidance, steps=args.teacher_steps, points=POINTS)
+        kept = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if key != "resume"}
+        (args.out / "settings.json").write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
     barrier()
     if args.compile if args.compile is not None else device == "cuda":
         for net in (model.unet, model.vae.decoder, distance):
