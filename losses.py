@@ -75,8 +75,8 @@ class DISTS(nn.Module):
 
     Per channel of the picture and of five VGG stages it compares the means (texture) and the correlation over all
     positions (structure). alpha and beta weigh them, (3 + channels of all stages,) each; the official ones, made for
-    VGG16, are in `losses.safetensors`. Without: every stage counts alike, and texture seven times as much as structure,
-    as in the official sums; what is compared by structure alone comes out too weak.
+    VGG16, are in `losses.safetensors`. Without: every stage counts alike, and texture five times as much as structure
+    (the official sums: seven times); what is compared by structure alone comes out too weak.
     """
 
     def __init__(self, vgg, alpha=None, beta=None):
@@ -84,7 +84,7 @@ class DISTS(nn.Module):
         self.vgg = vgg
         channels = (3, *vgg.config.channels)
         alike = torch.cat([torch.full((c,), 1 / c) for c in channels])
-        alpha = 7 * alike if alpha is None else alpha
+        alpha = 5 * alike if alpha is None else alpha
         beta = alike if beta is None else beta
         total = alpha.sum() + beta.sum()
         self.register_buffer("alpha", alpha / total)
