@@ -49,13 +49,13 @@ def spectrum(rows, path):
     """The paper's diagnosis and its cure: power over frequency of pictures of every prompt."""
     import matplotlib.pyplot as plt
 
-    evaluation = Evaluation(next(iter(rows.values()))[0], 2)
+    evaluation = Evaluation(next(iter(rows.values()))[0], 1)
     plt.figure(figsize=(6, 3.6), dpi=120)
     real = radial_power(evaluation.copies)
     frequency = torch.linspace(0, 1, len(real))
     plt.semilogy(frequency[1:], real[1:], "k--", label="real (through the VAE)")
     for name, (model, *how) in rows.items():
-        plt.semilogy(frequency[1:], radial_power(draw(model, evaluation, *how, 0, 2)[0])[1:], COLOURS[name], label=name)
+        plt.semilogy(frequency[1:], radial_power(draw(model, evaluation, *how, 0, 1)[0])[1:], COLOURS[name], label=name)
     plt.xlabel("spatial frequency (1 = Nyquist)")
     plt.ylabel("power")
     plt.legend()
