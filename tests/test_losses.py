@@ -239,10 +239,10 @@ def test_every_stage_counts(features, distance):
 
 
 def test_without_learned_weights(vgg):
-    """DISTS: every stage counts alike, and means as much as correlations. LPIPS: every channel counts alike."""
+    """DISTS: every stage counts alike, and means five times correlations. LPIPS: every channel counts alike."""
     distance, widths = DISTS(vgg), [3, *VGGConfig().channels]
-    for weights in (distance.alpha, distance.beta):
-        assert [part.sum().item() for part in weights.split(widths)] == pytest.approx([1 / 12] * 6)
+    for weights, share in ((distance.alpha, 5 / 6), (distance.beta, 1 / 6)):
+        assert [part.sum().item() for part in weights.split(widths)] == pytest.approx([share / 6] * 6)
         assert all((part == part[0]).all() for part in weights.split(widths))
     assert [weights.tolist() for weights in LPIPS(vgg).weights] == [[1] * width for width in widths[1:]]
 
