@@ -150,16 +150,17 @@ def unmerge(net, loras, weight=1.0):
 
 # --------------------------------------------------------------------------------------------------------------- files
 def save_lora(path, net, metadata=None):
-    """Writes the adaptors of `net` for diffusers and this file to read; `metadata` {str: str} goes into the header.
-
-    The file appears at once or not at all.
-    """
+    """Writes the adaptors of `net` for diffusers and this file to read; `metadata` {str: str} goes into the header."""
     tensors = {}
     for name, (A, B) in factors(net).items():
-        tensors[f"unet.{name}.lora_A.weight"] = A.detach().float().cpu().contiguous()
-        tensors[f"unet.{name}.lora_B.weight"] = B.detach().float().cpu().contiguous()
+        tensors |= {f"unet.{name}.lora_A.weight": A.float(), f"unet.{name}.lora_B.weight": B.float()}
+    save_atomically(tensors, path, {"format": "pt", **(metadata or {})})
+
+
+def save_atomically(tensors, path, metadata=None):
+    """Writes a safetensors file, which appears at once or not at all."""
     part = Path(path).with_suffix(".part")
-    save_file(tensors, part, {"format": "pt", **(metadata or {})})
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata)
     os.replace(part, path)
 
 

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -46,7 +46,7 @@ import hipa
 import unet
 import vae
 from hipa import UserError
-from lora import ATTENTION, adapted, add_lora, lora_off, save_lora
+from lora import ATTENTION, adapted, add_lora, lora_off, save_atomically, save_lora
 from losses import DISTS, LPIPS, VGG, HiPALoss, VGGConfig
 from sample import LORA_NAME, choose_device, grid, number, read_prompts, run, to_pil, whole, writable
 
@@ -70,10 +70,14 @@ WEIGHTS = {"spatial": 1.0, "fourier": 3.0, "sobel": 1.0, "latent": 2.0}
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
+def preset(name):
+    """The presets' values of an option, for its help."""
+    return "(" + ", ".join(f"{data}: {values[name]}" for data, values in PRESETS.items()) + ")"
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help shows all options)\n")
-    preset = lambda name: "(" + ", ".join(f"{data}: {values[name]}" for data, values in PRESETS.items()) + ")"  # noqa: E731
     add = parser.add_argument
     add("--data", help="emoji, coco (downloads 253 MB once), or a file of prompts")
     add("--model", help=f"a folder, a Hugging Face id, or a short name, as for sample.py {preset('model')}")
@@ -112,8 +116,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     if args.resume:
-        return resumed(parser, args, argv)
-    if not args.data:
+        args = resumed(parser, args, argv)
+    elif not args.data:
         parser.error("--data is missing: emoji, coco, or a file of prompts")
     for name, value in PRESETS.get(args.data, PRESETS["coco"]).items():
         if getattr(args, name) is None:
@@ -148,8 +152,6 @@ def resumed(parser, args, argv):
     for name, value in settings.items():
         if name not in FREE and getattr(args, name) != value:
             parser.error(f"the run in {args.out} was begun with --{name.replace('_', '-')} {value}")
-    if args.batch % (WORLD * args.accumulate):
-        parser.error(f"--batch {args.batch} does not divide into {WORLD} processes x {args.accumulate} parts")
     return args
 
 
@@ -528,12 +530,6 @@ def stop(message):
 def barrier():
     if WORLD > 1:
         dist.barrier()
-
-
-def save_atomically(tensors, path, metadata=None):
-    part = path.with_suffix(".part")
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata)
-    part.replace(path)
 
 
 def main():

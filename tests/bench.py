@@ -93,8 +93,23 @@ def bench_forward(name, folder, batch, side, rounds):
     compare(f"VAE encode, {at}", timed(lambda: model.vae.moments(picture)), timed(lambda: vae.encode(picture)), rounds)
 
 
-LOAD = """
+PEAK = """
 import json, re, sys, time
+def peak():  # in bytes; Linux. Not getrusage's ru_maxrss, which a process inherits from the one that starts it
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+"""
+
+
+def results_of(script, *args):
+    """What a script prints last, as JSON. A process of its own, so that time and peak memory are its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK + script, *map(str, args)],
+        check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+LOAD = """
 import torch
 kind, folder = sys.argv[1:]
 if kind == "ours":
@@ -102,8 +117,6 @@ if kind == "ours":
     import hipa
 else:
     from diffusers import StableDiffusionPipeline
-def peak():  # in bytes; Linux. Not getrusage's ru_maxrss, which a process inherits from the one that starts it
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 start = time.perf_counter()
 if kind == "ours":
@@ -122,14 +135,7 @@ def bench_load(folder):
     """A checkpoint of 2.1-base's size: seconds until all weights are in memory; peak memory over the weights' size."""
 
     def loading(kind, which):
-        def run():
-            done = subprocess.run(
-                [sys.executable, "-c", LOAD, kind, str(folder)],
-                check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            )  # fmt: skip
-            return json.loads(done.stdout.splitlines()[-1])[which]
-
-        return run
+        return lambda: results_of(LOAD, kind, folder)[which]
 
     compare("load, 2.1-base size", loading("ours", 0), loading("theirs", 0), 3)
     compare("peak memory of that, weights = 1", loading("ours", 1), loading("theirs", 1), 1, "")
@@ -161,7 +167,6 @@ def write_large_checkpoint(folder):
 
 
 TRAIN = """
-import json, re, sys, time
 from statistics import median
 import torch
 kind, batch = sys.argv[1], int(sys.argv[2])
@@ -202,8 +207,7 @@ for _ in range(5):
     optimizer.step()
     optimizer.zero_grad()
     seconds.append(time.perf_counter() - start)
-peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**20
-print(json.dumps([median(seconds[1:]), peak, sum(p.numel() for p in parameters)]))
+print(json.dumps([median(seconds[1:]), peak() / 2**30, sum(p.numel() for p in parameters)]))
 """
 
 
@@ -216,11 +220,7 @@ def bench_train():
 
     def training(kind, which):
         def run():
-            done = subprocess.run(
-                [sys.executable, "-c", TRAIN, kind, str(batch)],
-                check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            )  # fmt: skip
-            results[kind] = json.loads(done.stdout.splitlines()[-1])
+            results[kind] = results_of(TRAIN, kind, batch)
             return results[kind][which]
 
         return run

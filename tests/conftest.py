@@ -4,7 +4,9 @@ Their shapes are chosen to catch mistakes: odd head counts, three levels, widths
 """
 
 import json
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,21 @@ def write_index(folder):
         "vae": ["diffusers", "AutoencoderKL"],
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def run_sample(argv, capsys):
+    """sample.py's command line, in this process -> exit code, lines of stdout, lines of stderr"""
+    import sample
+
+    code = 0
+    with warnings.catch_warnings():  # run() replaces the function that shows them
+        warnings.simplefilter("default")
+        try:
+            sample.run(lambda: sample.main([str(arg) for arg in argv]))
+        except SystemExit as end:
+            code = end.code
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), [line for line in re.split(r"[\r\n]+", err) if line.strip()]
 
 
 @pytest.fixture(scope="session", params=["sd15", "sd21"])

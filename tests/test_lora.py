@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import hipa
 import lora
 import sample
-from conftest import ROOT
+from conftest import ROOT, run_sample
 from lora import ATTENTION, add_lora, delta, factors, load_lora, lora_off, merge, restore, save_lora, unmerge
 from parity import assert_same, normal, unet_inputs
 from test_official_configs import OFFICIAL, read_ours
@@ -588,15 +587,8 @@ def cli(sd15_like, tmp_path, capsys):
 
     def call(*options, model=sd15_like):
         argv = ["a cat", "--model", model, "--out", tmp_path / "out", *options]
-        code = 0
-        with warnings.catch_warnings():  # run() replaces the function that shows them
-            try:
-                sample.run(lambda: sample.main([str(arg) for arg in argv]))
-            except SystemExit as end:
-                code = end.code
-        out, err = capsys.readouterr()
-        err = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
-        return SimpleNamespace(code=code, err=err, path=out.strip())
+        code, out, err = run_sample(argv, capsys)
+        return SimpleNamespace(code=code, err=err, path="\n".join(out))
 
     return call
 

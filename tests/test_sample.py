@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
+from conftest import run_sample
 
 SAMPLE = Path(sample.__file__)
 SIDE = 32  # of the small checkpoint's pictures
@@ -36,16 +36,7 @@ def cli(sd15_like, tmp_path, capsys):
 
     def call(*argv):
         argv = ["--model", sd15_like, "--out", tmp_path / "out", "--steps", "1", *argv]
-        code = 0
-        with warnings.catch_warnings():  # run() replaces the function that shows them
-            warnings.simplefilter("default")
-            try:
-                sample.run(lambda: sample.main([str(arg) for arg in argv]))
-            except SystemExit as end:
-                code = end.code
-        out, err = capsys.readouterr()
-        err = [line for line in re.split(r"[\r\n]+", err) if line.strip()]
-        out = out.splitlines()
+        code, out, err = run_sample(argv, capsys)
         return SimpleNamespace(code=code, out=out, err=err, paths=[Path(line) for line in out if line.endswith(".png")])
 
     return call
