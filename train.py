@@ -66,7 +66,7 @@ PRESETS = {
     },
 }  # fmt: skip
 # Weights of the loss's terms, as measured.
-WEIGHTS = {"spatial": 1.0, "fourier": 3.0, "sobel": 1.0, "latent": 2.0}
+WEIGHTS = {"spatial": 1.0, "fourier": 3.0, "sobel": 1.0, "energy": 0.2, "latent": 2.0}
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
@@ -128,7 +128,7 @@ def parse_args(argv=None):
         parser.error(f"--batch {args.batch} does not divide into {WORLD} processes x {args.accumulate} parts")
     if max(args.later, args.head_start) > 1:
         parser.error("--later and --head-start are shares, from 0 to 1")
-    if not any((args.spatial, args.fourier, args.sobel, args.latent)):
+    if not any(getattr(args, name) for name in WEIGHTS):
         parser.error("all terms of the loss have weight 0")
     return args
 
@@ -573,7 +573,7 @@ def main():
     targets.make(model, args.pairs, args.teacher_steps, args.guidance, args.batch, interrupted)
     if args.checkpointing:
         checkpoint_activations(model.unet, model.vae.decoder)
-    weights = {name: getattr(args, name) for name in ("spatial", "fourier", "sobel")}
+    weights = {name: getattr(args, name) for name in WEIGHTS if name != "latent"}
     training = Run(args, model, targets, HiPALoss(distance.to(device), **weights, radius=args.radius))
     if args.resume:
         training.resume()

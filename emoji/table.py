@@ -27,13 +27,15 @@ from lora import load_lora  # noqa: E402
 from sample import LORA_NAME, apply_lora, run, whole  # noqa: E402
 from train import PRESETS  # noqa: E402
 
-ONLY_LATENT = ["--spatial", "0", "--fourier", "0", "--sobel", "0", "--latent", "1", "--head-start", "0"]
+ONLY_LATENT = [*"--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0".split()]
 VARIANTS = {
     "HiPA": [],
     "HiPA, another seed": ["--seed", "1"],
     "without the Fourier term": ["--fourier", "0"],
     "without the Sobel term": ["--sobel", "0"],
     "without both": ["--fourier", "0", "--sobel", "0"],
+    "without the energy term": ["--energy", "0"],
+    "without all three": ["--fourier", "0", "--sobel", "0", "--energy", "0"],
     "latent error only": ONLY_LATENT,
     "without the latent error": ["--latent", "0", "--head-start", "0"],
     "without the head start": ["--head-start", "0"],

@@ -448,23 +448,34 @@ def test_loss_compares_pictures_and_their_views():
 
 
 def test_loss_weighs_its_terms():
-    one = HiPALoss(Difference())(*drawn())
-    weighed = HiPALoss(Difference(), spatial=2, fourier=0.5, sobel=3)(*drawn())
-    assert {name: (weighed[name] / one[name]).item() for name in one} == pytest.approx(
-        {"spatial": 2, "fourier": 0.5, "sobel": 3}
-    )
+    one = HiPALoss(Difference(), energy=1)(*drawn())
+    weights = {"spatial": 2, "fourier": 0.5, "sobel": 3, "energy": 0.2}
+    weighed = HiPALoss(Difference(), **weights)(*drawn())
+    assert {name: (weighed[name] / one[name]).item() for name in one} == pytest.approx(weights)
 
 
-@pytest.mark.parametrize("kept", [(), ("spatial",), ("fourier",), ("spatial", "sobel"), ("fourier", "sobel")])
+def test_energy_term_has_a_closed_form():
+    """Waves above the cut, k times the target's height: (2 log k)^2. Those below it, and brightness, do not count."""
+    quick, slow = wave(24, 33, 6, 5), wave(24, 33, 2, 2)
+    loss = HiPALoss(Difference(), spatial=0, fourier=0, sobel=0, energy=1, radius=0.25)
+    for k in (0.5, 1, 1.5):
+        term = loss(0.4 * k * quick + 0.3 * slow + 0.2, 0.4 * quick)["energy"]
+        assert term.item() == pytest.approx((2 * math.log(k)) ** 2, rel=1e-3, abs=1e-6)
+    strong, same = loss(0.8 * quick, 0.4 * quick)["energy"], loss(0.4 * quick, 0.4 * quick)["energy"]
+    mixed = loss(torch.cat([0.8 * quick, 0.4 * quick]), torch.cat([0.4 * quick, 0.4 * quick]))["energy"]
+    assert mixed.item() == pytest.approx((strong + same).item() / 2), "each picture for itself"
+
+
+@pytest.mark.parametrize("kept", [(), ("spatial",), ("fourier",), ("sobel", "energy"), ("fourier", "sobel")])
 def test_loss_leaves_out_terms_of_weight_0(monkeypatch, kept):
     """They cost nothing: neither the view is made nor the distance asked."""
-    for view, name in (("high_pass", "fourier"), ("sobel", "sobel")):
-        if name not in kept:
+    for view, names in (("high_pass", {"fourier", "energy"}), ("sobel", {"sobel"})):
+        if not names & set(kept):
             monkeypatch.delattr(losses, view)
     distance = Difference()
-    weights = {name: float(name in kept) for name in ("spatial", "fourier", "sobel")}
+    weights = {name: float(name in kept) for name in ("spatial", "fourier", "sobel", "energy")}
     assert tuple(HiPALoss(distance, **weights)(*drawn())) == kept
-    assert len(distance.asked) == len(kept)
+    assert len(distance.asked) == len(set(kept) - {"energy"})
 
 
 def test_loss_is_the_mean_over_the_batch(small):
@@ -477,15 +488,15 @@ def test_loss_is_the_mean_over_the_batch(small):
 
 def test_loss_of_equal_pictures_is_0(small):
     for distance in small:
-        terms = HiPALoss(distance)(drawn()[0], drawn()[0])
-        assert [term.item() for term in terms.values()] == pytest.approx([0, 0, 0], abs=1e-6)
+        terms = HiPALoss(distance, energy=1)(drawn()[0], drawn()[0])
+        assert [term.item() for term in terms.values()] == pytest.approx([0, 0, 0, 0], abs=1e-6)
 
 
 def test_gradients_flow_into_the_picture_only(small):
     """Each term has one, all finite; the VGG is frozen, although it was made to be trained."""
     for distance in small:
         assert any(p.requires_grad for p in distance.parameters())
-        loss = HiPALoss(distance)
+        loss = HiPALoss(distance, energy=1)
         assert not any(p.requires_grad for p in loss.parameters())
         picture, target = drawn()
         picture.requires_grad_()
@@ -498,7 +509,7 @@ def test_loss_of_flat_pictures_has_a_gradient(small):
     """A picture of one colour, as a network may draw at first."""
     for distance in small:
         picture = torch.full((1, 3, 24, 33), -1.0, requires_grad=True)
-        sum(HiPALoss(distance)(picture, drawn()[1][:1]).values()).backward()
+        sum(HiPALoss(distance, energy=1)(picture, drawn()[1][:1]).values()).backward()
         assert picture.grad.isfinite().all()
 
 
@@ -506,7 +517,7 @@ def test_loss_takes_half_precision():
     """The views are made in float32, whatever the picture came in."""
     distance = Difference()
     picture, target = (x.bfloat16() for x in drawn())
-    assert all(term.dtype == torch.float32 for term in HiPALoss(distance)(picture, target).values())
+    assert all(term.dtype == torch.float32 for term in HiPALoss(distance, energy=1)(picture, target).values())
     assert all(x.dtype == y.dtype == torch.float32 for x, y in distance.asked)
 
 

@@ -46,9 +46,10 @@ SIDE = 32  # of the small checkpoint's pictures
 FLAGS = {
     "pairs": PAIRS, "guidance": GUIDANCE, "teacher-steps": TEACHER_STEPS, "steps": STEPS, "batch": 4, "lr": 3e-4,
     "rank": 2, "layers": "attention", "later": 0.5, "distance": "dists", "spatial": 1, "fourier": 1, "sobel": 1,
-    "latent": 0, "head-start": 0, "radius": 0.25, "seed": 5, "save-every": 2, "device": "cpu", "dtype": "float32",
+    "energy": 0.1, "latent": 0, "head-start": 0, "radius": 0.25, "seed": 5, "save-every": 2, "device": "cpu",
+    "dtype": "float32",
 }  # fmt: skip
-TERMS = ["spatial", "fourier", "sobel"]
+TERMS = ["spatial", "fourier", "sobel", "energy"]
 LORA, STATE = sample.LORA_NAME, "state.safetensors"
 
 
@@ -764,7 +765,7 @@ BAD = {
     "JSON of another kind": (["--data", "other.json"], ["neither text"]),
     "an unknown model": (["--data", "p.txt", "--model", "no-such-model"], ["no-such-model"]),
     "a batch that does not divide": (["--data", "p.txt", "--batch", "4", "--accumulate", "3"], ["--batch 4"]),
-    "no loss": ([*"--data p.txt --spatial 0 --fourier 0 --sobel 0 --latent 0".split()], ["weight 0"]),
+    "no loss": ([*"--data p.txt --spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 0".split()], ["weight 0"]),
     "no CUDA": (["--data", "p.txt", "--device", "cuda"], ["--device cuda"]),
     "a file in place of the folder": (["--data", "p.txt", "--out", "taken"], ["cannot write", "taken"]),
     "a folder nobody can write": (["--data", "p.txt", "--out", "/proc/x"], ["cannot write", "/proc/x"]),
@@ -846,7 +847,7 @@ def test_without_a_loss_of_pictures_nothing_is_decoded(student, monkeypatch):
         row, _ = training.update()
         return row
 
-    row = count(student(latent=1, spatial=0, fourier=0, sobel=0))
+    row = count(student(latent=1, spatial=0, fourier=0, sobel=0, energy=0))
     assert decoded == [] and row["loss"] == row["latent"] > 0 and "spatial" not in row
     row = count(student(latent=1))
     assert decoded == [4, 4] and row["loss"] == pytest.approx(row["latent"] + sum(row[name] for name in TERMS))
@@ -911,7 +912,7 @@ def test_recomputing_happens(student, monkeypatch):
     monkeypatch.setattr(train.unet.Transformer2D, "forward", lambda *a: calls.append(1) or forward(*a))
     counts = []
     for checkpointing in (False, True):
-        training = student(checkpointing=checkpointing, latent=1, spatial=0, fourier=0, sobel=0)
+        training = student(checkpointing=checkpointing, latent=1, spatial=0, fourier=0, sobel=0, energy=0)
         calls.clear()
         training.update()
         counts.append(len(calls))
