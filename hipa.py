@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -86,9 +87,18 @@ class Schedule:
             return alpha * x - sigma * prediction
         return (x - sigma * prediction) / alpha
 
-    def timesteps(self, steps):
-        """`steps` ints from 999 down, "trailing" spacing: the first is always the last one trained on, pure noise."""
-        total = self.num_train_timesteps
+    def add_noise(self, x0, timestep, noise):
+        """x_t of the clean latent x0 (B, 4, h, w) at an int timestep."""
+        alpha, sigma = self.alpha_sigma(timestep)
+        return alpha * x0 + sigma * noise
+
+    def timesteps(self, steps, first=None):
+        """`steps` ints from `first` down, "trailing" spacing. Default: from 999, the last one trained on, pure noise.
+
+        There are `first` + 1 of them at most.
+        """
+        total = self.num_train_timesteps if first is None else first + 1
+        steps = min(steps, total)
         stride = (total - total / steps) - total  # as np.arange computes it: decides which way diffusers rounds a half
         return [round(total + k * stride) - 1 for k in range(steps)]
 
@@ -119,6 +129,11 @@ class StableDiffusion:
     @property
     def dtype(self):
         return self.vae.decoder.conv_in.weight.dtype
+
+    @property
+    def side(self):
+        """Of the pictures that the model was trained on, in pixels."""
+        return self.unet.config.sample_size * self.vae.config.downscale
 
     def encode(self, prompts):
         """Prompts (B strings) -> text states (B, S, D)."""
@@ -176,10 +191,18 @@ class NoInitialisation(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def picture_size(folder, size=None):
-    """(width, height) in pixels for the checkpoint in `folder`: `size` if the VAE can draw it; default, the model's."""
+def picture_size(folder, size=None, like=None):
+    """(width, height) in pixels for a checkpoint's folder: `size`, if the VAE can draw it; default: the model's own.
+
+    For a given picture of the size `like` the default is about that, if its area is half to twice the model's own, so
+    that the model can draw it well; else, the model's area in the shape of `like`.
+    """
     cell = read_config(VAEConfig, folder / "vae" / "config.json").downscale
     side = read_config(UNetConfig, folder / "unet" / "config.json").sample_size * cell
+    if like and not size:
+        factor = side / math.sqrt(math.prod(like))
+        factor = 1 if 0.5 <= factor**2 <= 2 else factor
+        size = [max(cell, round(factor * length / cell) * cell) for length in like]
     width, height = size or (side, side)
     if width % cell or height % cell:
         raise UserError(f"size {width}x{height}: this model draws widths and heights that are multiples of {cell}")
@@ -297,11 +320,16 @@ def sample(model, prompts, seeds, steps=25, guidance=None, negative="", size=Non
     progress  called after each step
     """
     cell = model.vae.config.downscale
-    width, height = size or [model.unet.config.sample_size * cell] * 2
+    width, height = size or (model.side, model.side)
     x = noise(seeds, model.unet.config.in_channels, height // cell, width // cell).to(model.device)
+    return finish(model, x, None, prompts, steps, guidance, negative, progress)
+
+
+def finish(model, x, timestep, prompts, steps, guidance, negative, progress, known=lambda x0: x0):
+    """The pictures that x at a timestep (None: the noise, 999) becomes. `known` corrects each prediction of x0."""
     guidance = default_guidance(steps) if guidance is None else guidance
     predict_x0 = predictor(model, prompts, guidance, negative)
-    x0 = dpm_solver(predict_x0, x, model.schedule, steps, progress)
+    x0 = dpm_solver(lambda x, t: known(predict_x0(x, t)), x, model.schedule, steps, progress, timestep)
     picture = model.vae.decode(x0.to(model.dtype)).float()
     if not torch.isfinite(picture).all():
         raise UserError("the picture is not finite (NaN or inf): try --dtype float32")
@@ -329,14 +357,15 @@ def predictor(model, prompts, guidance=1.0, negative=""):
     return predict_x0
 
 
-def dpm_solver(predict_x0, x, schedule, steps, progress=None):
-    """DPM-Solver++(2M), deterministic (Lu et al. 2022, arXiv 2211.01095, algorithm 2): noise x (B, 4, h, w) -> x0.
+def dpm_solver(predict_x0, x, schedule, steps, progress=None, first=None):
+    """DPM-Solver++(2M), deterministic (Lu et al. 2022, arXiv 2211.01095, algorithm 2): x (B, 4, h, w), noisy as at the
+    timestep `first` (default: the noise, 999) -> x0.
 
     Each step follows the ODE exactly for the linear part and extrapolates x0 from the last two predictions. The first
     step has only one, and the last goes to zero noise, where the formula reduces to x = x0: so with steps=1 the result
-    is the network's x0 at t = 999, with no code of its own.
+    is the network's x0 at the first timestep, with no code of its own.
     """
-    timesteps = schedule.timesteps(steps)
+    timesteps = schedule.timesteps(steps, first)
     x0_before = lambda_before = None
     for t, t_next in zip(timesteps, [*timesteps[1:], -1]):
         x0 = predict_x0(x, t)
@@ -359,6 +388,104 @@ def dpm_solver(predict_x0, x, schedule, steps, progress=None):
 def log_snr(alpha, sigma):
     """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio."""
     return math.log(alpha / sigma)
+
+
+# ------------------------------------------------------------------------------------- pictures in, as well as out
+# A picture is encoded, noised to a timestep and drawn from there: what the noise leaves of it, stays (SDEdit, Meng et
+# al. 2022, arXiv 2108.01073). H and W must be multiples of `model.vae.config.downscale`.
+@torch.no_grad()
+def edit(model, pictures, prompts, seeds, strength=0.7, steps=1, guidance=None, negative="", progress=None):
+    """Pictures (B, 3, H, W) in [-1, 1], drawn again to prompts (B strings) -> pictures of the same shape.
+
+    strength  in (0, 1], the share of the way to pure noise; at 1 next to nothing of the picture is left
+    others    as for `sample`
+    """
+    eps = noise_for(model, pictures, seeds)
+    return redraw(model, pictures, eps, prompts, strength, steps, guidance, negative, progress)
+
+
+def redraw(model, pictures, eps, prompts, strength, steps, guidance, negative, progress, mask=None):
+    """`edit` with given noise (B, 4, h, w). With a mask (B, 1, H, W), latents without a 1 in it stay as they are: they
+    are put back into every prediction, so that the next one sees them."""
+    timestep = round(strength * (model.schedule.num_train_timesteps - 1))
+    latent = model.vae.encode(pictures.to(model.device, model.dtype)).float()
+    keep = lambda x0: x0  # noqa: E731
+    if mask is not None:
+        hole = F.max_pool2d(mask, model.vae.config.downscale).to(model.device)
+        keep = lambda x0: torch.lerp(latent, x0, hole)  # noqa: E731
+    x = model.schedule.add_noise(latent, timestep, eps.to(model.device))
+    return finish(model, x, timestep, prompts, steps, guidance, negative, progress, keep).to(pictures.device)
+
+
+def noise_for(model, pictures, seeds):
+    cell = model.vae.config.downscale
+    return noise(seeds, model.unet.config.in_channels, pictures.shape[2] // cell, pictures.shape[3] // cell)
+
+
+@torch.no_grad()
+def inpaint(model, pictures, mask, prompts, seeds, strength=0.9, steps=1, guidance=None, negative="", progress=None):
+    """`edit` where the mask (B, 1, H, W) is 1; where it is 0 the pictures stay, to the bit.
+
+    What the hole held is not seen: before anything else happens, `fill` puts the surroundings there. And so that no
+    seam is seen: by how much the drawn surroundings are not the picture's, that goes on into the hole, smoothly.
+    """
+    eps = noise_for(model, pictures, seeds)
+    drawn = redraw(model, fill(pictures, mask), eps, prompts, strength, steps, guidance, negative, progress, mask)
+    return torch.where(mask > 0, drawn + fill(pictures - drawn, mask), pictures)
+
+
+def fill(x, mask):
+    """Fills the holes of x (B, C, H, W), where the mask (B, 1, H, W) is 1, with their surroundings; 0 if all is hole.
+
+    About the smoothest filling, each pixel the mean of those around it: they are made so a few times, beginning with
+    what fills the holes of x reduced to half, which are smaller (pull-push, Gortler et al. 1996, smoothed).
+    """
+    x = x * (1 - mask)
+    if not mask.any() or mask.shape[-2:] == (1, 1):
+        return x
+    known = F.avg_pool2d(1 - mask, 2, ceil_mode=True)
+    half = fill(F.avg_pool2d(x, 2, ceil_mode=True) / known.clamp(min=1 / 4), (known == 0).float())
+    x = torch.where(mask > 0, F.interpolate(half, size=mask.shape[-2:], mode="bilinear"), x)
+    for _ in range(8):
+        x = torch.where(mask > 0, F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False), x)
+    return x
+
+
+@torch.no_grad()
+def upscale(model, pictures, scale, prompts, seeds, strength=0.3, steps=1, guidance=None, negative="", progress=None):
+    """Pictures (B, 3, H, W) in [-1, 1] -> (B, 3, scale H, scale W): enlarged, then drawn as by `edit`, for the details.
+
+    That happens in tiles of the model's own size, which overlap by a quarter and fade into each other: the networks
+    need the same memory whatever the picture's size. What is smaller than a tile even when enlarged is drawn as large
+    as a tile, then reduced. In the end the result is corrected so that, reduced, it is the given picture again
+    (back-projection, Irani & Peleg 1991). H and W can be any. `progress` is called after each step of each tile.
+    """
+    cell, side = model.vae.config.downscale, model.side
+    resize = lambda x, size: F.interpolate(x, size=size, mode="bicubic", antialias=True)  # noqa: E731
+    size = [round(scale * length) for length in pictures.shape[2:]]
+    height, width = [max(1, round(length * max(1, side / max(size)))) for length in size]
+    large = F.pad(resize(pictures, (height, width)), (0, -width % cell, 0, -height % cell), mode="replicate")
+    eps, drawn, weights = noise_for(model, large, seeds), torch.zeros_like(large), torch.zeros_like(large)
+    slope = lambda n: torch.arange(1.0, n + 1).minimum(torch.arange(n, 0.0, -1)).clamp(max=side // 4)  # noqa: E731
+    for top in tiles(model, height):
+        for left in tiles(model, width):
+            y, x = slice(top, top + side), slice(left, left + side)
+            y_eps, x_eps = slice(top // cell, (top + side) // cell), slice(left // cell, (left + side) // cell)
+            tile, tile_eps = large[..., y, x], eps[..., y_eps, x_eps]
+            tile = redraw(model, tile, tile_eps, prompts, strength, steps, guidance, negative, progress)
+            weight = slope(tile.shape[2])[:, None] * slope(tile.shape[3])
+            drawn[..., y, x] += weight * tile
+            weights[..., y, x] += weight
+    drawn = resize((drawn / weights)[..., :height, :width], size).clamp(-1, 1)
+    return drawn + resize(pictures - resize(drawn, pictures.shape[2:]), size)
+
+
+def tiles(model, length):
+    """Where tiles begin that cover `length` pixels: at cells of the latent, with a quarter of overlap or more."""
+    cell, side = model.vae.config.downscale, model.side
+    last = max(0, math.ceil(length / cell) * cell - side)
+    count = 1 + math.ceil(last / (side * 3 / 4))
+    return [round(last * k / max(1, count - 1) / cell) * cell for k in range(count)]
 
 
 # ---------------------------------------------------------------------------------------------------------- download

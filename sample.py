@@ -5,6 +5,9 @@
     python sample.py "a cat on a blue background" -n 9 --seed 7
     python sample.py "an astronaut on a horse" --model sd15 --device cuda
     python sample.py --prompts captions_val2017.json --out coco --batch 16
+    python sample.py "a dog" --image cat.png --strength 0.7          # editing
+    python sample.py "a cat" --image cat.png --mask hole.png         # inpainting: white is drawn anew
+    python sample.py --image small.png --scale 4                     # super-resolution
 
 Paths of the pictures go to stdout, progress to stderr. A mistake ends in one line and exit code 2.
 """
@@ -22,6 +25,7 @@ import warnings
 from pathlib import Path
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
+STRENGTH = {"editing": 0.7, "inpainting": 0.9, "super-resolution": 0.3}
 
 
 def parse_args(argv=None):
@@ -47,7 +51,8 @@ def parse_args(argv=None):
         "--lora", type=lora_weight, metavar="PATH[:WEIGHT]",
         help=f'adaptors, or "none" (at one step: {LORA_NAME} in the folder of the model, if there)',
     )  # fmt: skip
-    parser.add_argument("--size", type=width_height, metavar="W[xH]", help="pixels (default: the model's own)")
+    parser.add_argument("--size", type=width_height, metavar="W[xH]",
+        help="pixels (default: the model's own; with --image, about the image's)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the pictures (%(default)s)")
     parser.add_argument("--batch", type=whole(1), default=4, help="pictures drawn at a time (%(default)s)")
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(%(default)s)")
@@ -58,9 +63,28 @@ def parse_args(argv=None):
     )
     parser.add_argument("--show", action=argparse.BooleanOptionalAction,
                         help="draw small pictures in the terminal (default: where it has colours)")  # fmt: skip
+    group = parser.add_argument_group(
+        "beginning with a picture", "The result has its size, whatever size it is drawn at."
+    )
+    group.add_argument("--image", type=Path, metavar="FILE", help="to be edited towards the prompt")
+    group.add_argument("--mask", type=Path, metavar="FILE", help="inpainting: only what is white here is drawn")
+    group.add_argument("--scale", type=whole(2, 64), metavar="N", help="super-resolution: N times as wide and high")
+    group.add_argument("--strength", type=number, help="share of the picture that gives way to noise, above 0, up to 1 "
+                       "(" + ", ".join(f"{job} {strength:g}" for job, strength in STRENGTH.items()) + ")")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.scale and args.prompt is None and args.prompts is None:
+        args.prompt = ""
     if (args.prompt is None) == (args.prompts is None):
         parser.error("give one prompt or --prompts FILE")
+    for name in ("mask", "scale", "strength"):
+        if getattr(args, name) is not None and not args.image:
+            parser.error(f"--{name} needs --image, the picture that it is about")
+    if args.scale and (args.mask or args.size):
+        parser.error("--scale goes with neither --mask nor --size")
+    if args.strength is None:
+        args.strength = STRENGTH["super-resolution" if args.scale else "inpainting" if args.mask else "editing"]
+    if not 0 < args.strength <= 1:
+        parser.error("--strength is above 0 and at most 1")
     return args
 
 
@@ -201,6 +225,60 @@ def show(picture):
         print("".join(row) + "\x1b[0m")
 
 
+def read_picture(path):
+    """A picture file of any kind as RGB: turned as its EXIF says, of 16 bits the upper 8. Raises UserError."""
+    return on(load_picture(path), "white")
+
+
+def read_mask(path, size):
+    """A picture file of any kind and size as a mask of `size`: white, 255, from middle grey on, else 0."""
+    from PIL import Image
+
+    mask = on(load_picture(path), "black").convert("L")
+    return mask.resize(size, Image.Resampling.BOX).point(lambda value: 255 * (value > 127))
+
+
+def on(picture, colour):
+    """A PIL picture as RGB; where it is transparent, the colour is seen."""
+    from PIL import Image
+
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def load_picture(path):
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    from hipa import UserError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                picture = ImageOps.exif_transpose(file)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UserError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: reduce it first") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{path} is no picture, or of a kind that Pillow cannot read") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if picture.mode[0] in "IF":  # "I;16", "I": 16 bits; "F": 0 to 1
+        values = np.asarray(picture, dtype="float32") * (255 if picture.mode == "F" else 1 / 257)
+        picture = Image.fromarray(values.round().clip(0, 255).astype("uint8"))
+    return picture
+
+
+def to_tensor(picture):
+    """PIL picture -> (3, H, W) in [-1, 1]; a mask -> (1, H, W)."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1) / 127.5 - 1
+
+
 def to_pil(pictures):
     """Pictures (B, 3, H, W) in [-1, 1] -> PIL pictures."""
     from PIL import Image
@@ -221,9 +299,34 @@ def grid(pictures, columns=None):
     return sheet
 
 
+def draw(model, prompts, seeds, size, image=None, mask=None, scale=None, **options):
+    """A batch of pictures (PIL): of prompts alone, or with an `image` edited, inpainted (`mask`) or enlarged (`scale`).
+
+    `size` is that of the drawing; with an image the result has the image's, times `scale`. Options: as of hipa.sample,
+    and with an image the strength.
+    """
+    from PIL import Image
+
+    import hipa
+
+    batch = lambda picture: to_tensor(picture).expand(len(prompts), -1, -1, -1)  # noqa: E731
+    resize = lambda picture, size: picture.resize(size, Image.Resampling.LANCZOS)  # noqa: E731
+    if not image:
+        return to_pil(hipa.sample(model, prompts, seeds, size=size, **options))
+    if scale:
+        return to_pil(hipa.upscale(model, batch(image), scale, prompts, seeds, **options))
+    source = batch(resize(image, size))
+    if not mask:
+        return [resize(picture, image.size) for picture in to_pil(hipa.edit(model, source, prompts, seeds, **options))]
+    hole = (batch(mask.resize(size, Image.Resampling.BOX)) > -1).float()  # whatever has white in it
+    drawn = to_pil(hipa.inpaint(model, source, hole, prompts, seeds, **options))
+    return [Image.composite(resize(picture, image.size), image, mask) for picture in drawn]
+
+
 def main(argv=None):
     args = parse_args(argv)  # before the imports below: a mistake should not wait for torch
     import torch
+    from PIL import Image
     from tqdm import tqdm
 
     import hipa
@@ -238,8 +341,15 @@ def main(argv=None):
     dtype = args.dtype if args.dtype != "auto" else "float16" if device == "cuda" else "float32"
     dtype = getattr(torch, dtype)
     writable(args.out)
+    image = read_picture(args.image) if args.image else None
+    mask = read_mask(args.mask, image.size) if args.mask else None
+    if args.scale and args.scale**2 * image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        most = Image.MAX_IMAGE_PIXELS
+        raise hipa.UserError(
+            f"--scale {args.scale} makes more than {most:,} pixels of {args.image}: take a smaller one"
+        )
     checkpoint = hipa.find_checkpoint(args.model, half=dtype != torch.float32)
-    width, height = hipa.picture_size(checkpoint, args.size)
+    size = hipa.picture_size(checkpoint, args.size, like=image and image.size)
     lora, weight = args.lora or own_lora(checkpoint, args.steps)
     steps = args.steps or (1 if lora else 25)
     guidance = hipa.default_guidance(steps) if args.guidance is None else args.guidance
@@ -257,21 +367,30 @@ def main(argv=None):
         lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
         settings = f"Steps: {steps}, Sampler: DPM++ 2M trailing, CFG scale: {guidance:g}, Seed: {seed}"
         made_with = f"Model: {args.model}" + (f", Lora: {clean(str(lora))}:{weight:g}" if lora else "")
-        return "\n".join([*lines, f"{settings}, Size: {width}x{height}, {made_with}"])
+        if image:
+            made_with += f", Image: {clean(args.image.name)}, Denoising strength: {args.strength:g}"
+            made_with += f", Mask: {clean(args.mask.name)}" if mask else f", Scale: {args.scale}" if args.scale else ""
+        return "\n".join([*lines, f"{settings}, Size: {size[0]}x{size[1]}, {made_with}"])
 
     # Each picture's prompt and seed, in order; a batch is a slice of this list.
     jobs = [(prompt, args.seed + k) for k, prompt in enumerate(p for p in prompts for _ in range(args.n))]
     batches = [jobs[i : i + args.batch] for i in range(0, len(jobs), args.batch)]
     numbers = next_numbers(args.out)
     colours = sys.stdout and sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit")
-    shown = colours and width <= 128 if args.show is None else args.show
+    wide = max(size[0], image.width * (args.scale or 1) if image else 0)
+    shown = colours and wide <= 128 if args.show is None else args.show
     of_prompt = []  # the current prompt's pictures, for its grid
     total = len(batches) * steps
+    if args.scale:
+        total *= math.prod(len(hipa.tiles(model, args.scale * length)) for length in image.size)
+    options = {"steps": steps, "guidance": guidance, "negative": negative}
+    if image:
+        options |= {"image": image, "mask": mask, "scale": args.scale, "strength": args.strength}
     with tqdm(total=total, unit="step", leave=False, disable=total == 1) as bar:
         for batch in batches:
             words, seeds = zip(*batch)
-            pictures = hipa.sample(model, words, seeds, steps, guidance, negative, (width, height), progress=bar.update)
-            for picture, (prompt, seed) in zip(to_pil(pictures), batch):
+            pictures = draw(model, words, seeds, size, progress=bar.update, **options)
+            for picture, (prompt, seed) in zip(pictures, batch):
                 of_prompt.append(picture)
                 made = [(picture, f"{seed}-{slug(prompt)}", parameters(prompt, seed))]
                 if len(of_prompt) == args.n:
@@ -281,7 +400,7 @@ def main(argv=None):
                     of_prompt = []
                 with bar.external_write_mode():
                     if shown:
-                        show(picture.reduce(-(-width // 128)) if width > 128 else picture)
+                        show(picture.reduce(-(-wide // 128)) if wide > 128 else picture)
                     for each in made:
                         print(save(each[0], args.out, numbers, *each[1:]), flush=True)
 

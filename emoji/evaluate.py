@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import hipa  # noqa: E402
-from sample import apply_lora, lora_weight, number, own_lora, run, to_pil, whole  # noqa: E402
+from sample import apply_lora, lora_weight, number, own_lora, run, to_pil, to_tensor, whole  # noqa: E402
 
 SIZE = 64
 REFERENCE_VIEWS, OTHER_VIEWS = 8, 4  # per class in renders.png: to compare with, and as the "real pictures" row
@@ -140,11 +140,6 @@ def psnr(a, b):
     """Mean over pictures (B, 3, H, W) in [-1, 1] of the peak signal-to-noise ratio, in dB."""
     mse = (a.clamp(-1, 1) - b).square().mean(dim=(1, 2, 3)) / 4  # 4 = (1 - -1)^2
     return (-10 * mse.log10()).mean().item()
-
-
-def to_tensor(picture):
-    """PIL picture -> (3, H, W) in [-1, 1]"""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
 
 
 class Evaluation:

@@ -1,0 +1,170 @@
+"""Measures editing, inpainting and super-resolution by the embedded model: plain one step, with the adaptors, 25 steps.
+
+    python emoji/jobs.py                            # all three; half an hour on two cores
+    python emoji/jobs.py inpainting                 # one of: editing, inpainting, super-resolution
+
+The pictures are the real ones of `renders.png`: one of each class, and others in every repetition.
+
+recognition, Fréchet, edges   as in `evaluate.py`
+DISTS    distance to the picture that the job began with, by the net that training uses: when editing, to what was
+         edited (what stays of it); after inpainting and super-resolution, to the real picture
+seam     mean step over the rim of the hole, relative to that of the real pictures; 1 is no seam
+PSNR     to the real picture, in dB
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import hipa  # noqa: E402
+from evaluate import OTHER_VIEWS, SIZE, Evaluation, psnr  # noqa: E402
+from sample import STRENGTH, apply_lora, own_lora, run, to_pil, to_tensor, whole  # noqa: E402
+from train import PRESETS, load_distance  # noqa: E402
+
+GUIDANCE = PRESETS["emoji"]["guidance"]  # of the 25 steps
+BATCH = 37
+
+
+class Bench:
+    """The models, the pictures and the nets that measure."""
+
+    def __init__(self):
+        folder = hipa.find_checkpoint("emoji")
+        self.plain, self.adapted = hipa.load(folder), hipa.load(folder)
+        apply_lora(self.adapted, *own_lora(folder, 1))
+        self.evaluation = Evaluation(self.plain, per_class=1)
+        self.distance = load_distance("dists", folder)
+        everything = Evaluation(self.plain, per_class=OTHER_VIEWS).real[0]
+        self.views = everything.unflatten(0, (-1, OTHER_VIEWS))  # (classes, views, 3, 64, 64)
+        self.names = [names[0] for _, names in self.evaluation.glyphs]
+        self.labels = torch.arange(len(self.names))
+
+    def recognised(self, pictures, labels):
+        """[recognition in %, Fréchet, edges]"""
+        return self.evaluation.measure(pictures, labels)[:3]
+
+    def dists(self, x, y):
+        return self.distance(x.clamp(-1, 1) / 2 + 0.5, y / 2 + 0.5).mean().item()
+
+    def table(self, title, columns, draw, measure, repetitions, others=()):
+        """Prints a table. draw(model, sources, part, seeds, **options) -> pictures of the slice `part`;
+        measure(pictures, sources) -> figures. `others`: further rows, (name, function sources -> pictures)."""
+        ways = {
+            "plain 1 step": (self.plain, 1, 1.0), "**HiPA, 1 step**": (self.adapted, 1, 1.0),
+            f"25 steps, guidance {GUIDANCE:g}": (self.plain, 25, GUIDANCE),
+        }  # fmt: skip
+
+        def drawn(model, steps, guidance, sources, k):
+            parts = [slice(i, min(i + BATCH, len(sources))) for i in range(0, len(sources), BATCH)]
+            seeds = [[2_000_000_000 + 1_000_000 * k + i for i in range(part.start, part.stop)] for part in parts]
+            options = {"steps": steps, "guidance": guidance}
+            return torch.cat([draw(model, sources, *job, **options) for job in zip(parts, seeds)])
+
+        rows = {name: lambda sources, k, f=f: f(sources) for name, f in others}
+        rows |= {name: lambda sources, k, way=way: drawn(*way, sources, k) for name, way in ways.items()}
+        print(f"| {title} | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+        for name, pictures in rows.items():
+            figures = []
+            for k in tqdm(range(repetitions), desc=f"{title}, {name}", leave=False):
+                sources = self.views[:, k % OTHER_VIEWS]
+                as_png = [to_tensor(picture) for picture in to_pil(pictures(sources, k))]
+                figures.append(measure(torch.stack(as_png), sources))
+            low, high, mean = (f(figures, axis=0) for f in (np.min, np.max, np.mean))
+            cells = [f"{m:.{d}f} ± {(h - lo) / 2:.{d}f}" for m, lo, h, d in zip(mean, low, high, columns.values())]
+            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        print()
+
+
+def editing(bench, repetitions):
+    """Every picture becomes the thing seven classes on, which has nothing to do with what it was."""
+    labels = (bench.labels + 7) % len(bench.names)
+    prompts = [bench.names[label] for label in labels]
+    columns = {"recognition, %": 1, "Fréchet": 2, "edges": 2, "DISTS to the source": 3}  # and their digits
+    for strength in (0.5, 0.6, 0.7, 0.8, 0.9):
+
+        def draw(model, sources, part, seeds, strength=strength, **options):
+            return hipa.edit(model, sources[part], prompts[part], seeds, strength, **options)
+
+        def measure(pictures, sources):
+            return [*bench.recognised(pictures, labels), bench.dists(pictures, sources)]
+
+        bench.table(f"editing, strength {strength:g}", columns, draw, measure, repetitions)
+
+
+def inpainting(bench, repetitions):
+    """The hole is the right half of every picture, and so of the thing in its middle."""
+    mask = torch.zeros(1, 1, SIZE, SIZE)
+    mask[..., SIZE // 2 :] = 1
+    rim = lambda pictures: (pictures[..., SIZE // 2] - pictures[..., SIZE // 2 - 1]).abs().mean().item()  # noqa: E731
+
+    def draw(model, sources, part, seeds, **options):
+        masks = mask.expand(len(seeds), -1, -1, -1)
+        return hipa.inpaint(model, sources[part], masks, bench.names[part], seeds, STRENGTH["inpainting"], **options)
+
+    def measure(pictures, sources):
+        seam = rim(pictures) / rim(sources)
+        return [*bench.recognised(pictures, bench.labels), seam, bench.dists(pictures, sources)]
+
+    columns = {"recognition, %": 1, "Fréchet": 2, "edges": 2, "seam": 2, "DISTS": 3}
+    masks = mask.expand(len(bench.names), -1, -1, -1)
+    filled = ("the hole as it is filled first", lambda sources: hipa.fill(sources, masks))
+    title = f"inpainting the right half, strength {STRENGTH['inpainting']:g}"
+    bench.table(title, columns, draw, measure, repetitions, [filled])
+
+
+def super_resolution(bench, repetitions):
+    """From 16 and 32 pixels to 64, with the prompt and without."""
+
+    def resize(x, side):
+        return F.interpolate(x, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+
+    strength = STRENGTH["super-resolution"]
+    columns = {"PSNR": 1, "DISTS": 3, "recognition, %": 1, "Fréchet": 2, "edges": 2}
+
+    def measure(pictures, sources):
+        return [psnr(pictures, sources), bench.dists(pictures, sources), *bench.recognised(pictures, bench.labels)]
+
+    for side in (16, 32):
+        bicubic = lambda sources, side=side: resize(resize(sources, side), SIZE)  # noqa: E731
+
+        def corrected(sources, side=side, bicubic=bicubic):
+            """Bicubic with the correction that `hipa.upscale` ends with, and nothing drawn"""
+            large = bicubic(sources)
+            return large + resize(resize(sources, side) - resize(large, side), SIZE)
+
+        for with_prompt in (True, False):
+
+            def draw(model, sources, part, seeds, side=side, with_prompt=with_prompt, guidance=1.0, **options):
+                options |= {"strength": strength, "guidance": guidance if with_prompt else 1.0}
+                prompts = bench.names[part] if with_prompt else [""] * len(seeds)
+                return hipa.upscale(model, resize(sources[part], side), SIZE // side, prompts, seeds, **options)
+
+            others = [("bicubic", bicubic), ("bicubic, corrected", corrected)] if with_prompt else []
+            title = f"{side} to {SIZE} pixels, {'with' if with_prompt else 'no'} prompt, strength {strength:g}"
+            bench.table(title, columns, draw, measure, repetitions, others)
+
+
+JOBS = {"editing": editing, "inpainting": inpainting, "super-resolution": super_resolution}
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", nargs="?", choices=JOBS, help="(all)")
+    parser.add_argument("--seeds", type=whole(1), default=3, help="repetitions, for the spread (%(default)s)")
+    args = parser.parse_args()
+    bench = Bench()
+    for name in [args.job] if args.job else JOBS:
+        JOBS[name](bench, args.seeds)
+
+
+if __name__ == "__main__":
+    run(main)
