@@ -4,14 +4,15 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import hipa  # noqa: E402
-from evaluate import Evaluation, draw  # noqa: E402
-from sample import LORA_NAME, apply_lora, grid, to_pil  # noqa: E402
+from evaluate import Evaluation, class_of, draw, read_glyphs, real_pictures  # noqa: E402
+from sample import LORA_NAME, STRENGTH, apply_lora, grid, to_pil  # noqa: E402
 from train import PRESETS  # noqa: E402
 
 DOCS = HERE.parent / "docs"
@@ -22,13 +23,40 @@ PROMPTS = [
 COLOURS = {"25 steps": "tab:blue", "plain 1 step": "tab:red", "HiPA 1 step": "tab:green"}
 
 
-def strip(rows, path):
-    """One column a prompt, one row a way of drawing it, all from the same noise; twice as large as drawn."""
-    seeds = range(len(PROMPTS))
-    pictures = [p for model, *how in rows.values() for p in to_pil(hipa.sample(model, PROMPTS, seeds, *how))]
-    sheet = grid(pictures, columns=len(PROMPTS))
+EDITS = {"a cat": "a dog", "a red apple": "an orange", "an owl": "a penguin", "a rocket": "a sailboat"}
+HOLES = ["a panda", "a house", "a robot", "a pizza"]
+SMALL = ["a sunflower", "a strawberry", "a rainbow", "a bee"]
+
+
+def save_strip(pictures, columns, path):
+    """PIL pictures row by row, twice as large as drawn"""
+    sheet = grid(pictures, columns=columns)
     sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(path, optimize=True)
     print(path)
+
+
+def jobs_strip(rows, path):
+    """Real pictures edited, half inpainted, and enlarged four times. Rows: what is given; then each way of drawing."""
+    glyphs = read_glyphs()
+    real = real_pictures(glyphs)[1][0].unflatten(0, (len(glyphs), -1))[:, 0]
+    source = lambda prompts: real[[class_of(prompt, glyphs) for prompt in prompts]]  # noqa: E731
+    mask = torch.zeros(len(HOLES), 1, *real.shape[2:])
+    mask[..., real.shape[3] // 2 :] = 1
+    small = F.interpolate(source(SMALL), scale_factor=1 / 4, mode="bicubic", antialias=True)
+    sheet = [*source(EDITS), *(source(HOLES) * (1 - mask)), *F.interpolate(small, scale_factor=4)]
+    for model, steps, guidance in rows.values():
+        how = {"steps": steps, "guidance": guidance}
+        sheet += hipa.edit(model, source(EDITS), list(EDITS.values()), range(4), STRENGTH["editing"], **how)
+        sheet += hipa.inpaint(model, source(HOLES), mask, HOLES, range(4), STRENGTH["inpainting"], **how)
+        sheet += hipa.upscale(model, small, 4, SMALL, range(4), STRENGTH["super-resolution"], **how)
+    save_strip(to_pil(torch.stack(sheet)), 12, path)
+
+
+def strip(rows, path):
+    """One column a prompt, one row a way of drawing it, all from the same noise."""
+    seeds = range(len(PROMPTS))
+    pictures = [p for model, *how in rows.values() for p in to_pil(hipa.sample(model, PROMPTS, seeds, *how))]
+    save_strip(pictures, len(PROMPTS), path)
 
 
 def radial_power(pictures):
@@ -75,6 +103,7 @@ def main():
         "HiPA 1 step": (adapted, 1, 1.0),
     }
     strip(rows, DOCS / "strip.png")
+    jobs_strip(rows, DOCS / "jobs.png")
     spectrum(rows, DOCS / "spectrum.png")
 
 

@@ -31,6 +31,13 @@ def model(checkpoint):
 
 
 @pytest.fixture(scope="module")
+def pipeline(checkpoint):
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
 def small(sd15_like):
     return hipa.load(sd15_like)  # draws 32 x 32 pixels of 8 x 8 latents
 
@@ -82,11 +89,9 @@ def test_strength(small, strength, timestep):
 
 
 @pytest.mark.parametrize("strength, steps, guidance", [(0.7, 1, 1.0), (0.3, 1, 1.0), (0.7, 1, 4.0), (0.8, 6, 3.0)])
-def test_edit(model, checkpoint, strength, steps, guidance):
+def test_edit(model, pipeline, strength, steps, guidance):
     """diffusers' image-to-image, its scheduler made to take our timesteps: same noise, same picture. 40 x 24 pixels."""
     source, prompts, seeds = pictures(2, 3, 24, 40), ["a cat and a dog", ""], [3, 2**40]
-    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(checkpoint)
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     timesteps = model.schedule.timesteps(steps, round(strength * 999))
     latent = pipeline.vae.encode(source).latent_dist.mean * pipeline.vae.config.scaling_factor
