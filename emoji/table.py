@@ -2,9 +2,9 @@
 
     python emoji/table.py            # goes on where it stopped; the variants are kept in runs/table
 
-Every variant is trained as `train.py --data emoji` trains, on the same targets, for fewer steps; and once more for as
-much time as the first takes, if it is cheaper or dearer. Two are trained at a time, one thread each. The columns are
-those of `evaluate.py`.
+Every variant is trained as `train.py --data emoji` trains, on the same targets, for fewer steps; and, if it is cheaper
+or dearer than the first, once more for as much processor time. Two are trained at a time, one thread each. The columns
+are those of `evaluate.py`.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -55,20 +54,27 @@ def train(out, name, options, steps):
             command += ["--resume"]
         else:
             command += ["--data", "emoji", "--targets", out / "targets", "--steps", str(steps), *options]
+        folder.mkdir(exist_ok=True)
         with open(out / f"{folder.name}.log", "w") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        with open(folder / COST, "a") as file:
+            file.write(f"{usage.ru_utime + usage.ru_stime}\n")  # a line for each time it was started
+        if process.returncode:
+            raise hipa.UserError(f"{folder.name} did not end well: see {log.name}")
     return folder
 
 
+COST = "processor_seconds"
+
+
 def seconds_and_steps(folder):
-    """What the training took on a machine of its own, and its updates. Other work slows steps at random, so each half
-    (the head start has cheaper steps) is reckoned at the pace of its fastest fifth."""
+    """What the training cost a processor, whatever else that did meanwhile; and its updates."""
+    cost = sum(map(float, (folder / COST).read_text().split())) if (folder / COST).exists() else 0.0
     with open(folder / "log.csv", newline="") as file:
-        ends = [0.0] + [float(row["seconds"]) for row in csv.DictReader(file)]
-    durations = np.diff(ends)
-    halves = np.array_split(durations, 2) if len(durations) > 1 else [durations]
-    return sum(np.percentile(half, 20) * len(half) for half in halves), len(durations)
+        return cost, sum(1 for _ in csv.DictReader(file))
 
 
 @torch.no_grad()
