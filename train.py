@@ -66,7 +66,7 @@ PRESETS = {
     },
 }  # fmt: skip
 # Weights of the loss's terms, as measured.
-WEIGHTS = {"spatial": 1.0, "fourier": 0.3, "sobel": 0.3, "energy": 0.2, "latent": 2.0}
+WEIGHTS = {"spatial": 1.0, "fourier": 3.0, "sobel": 1.0, "energy": 0.2, "latent": 2.0}
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
