@@ -418,6 +418,7 @@ def redraw(model, pictures, eps, prompts, strength, steps, guidance, negative, p
 
 
 def noise_for(model, pictures, seeds):
+    """`noise` of the size of the pictures' latents."""
     cell = model.vae.config.downscale
     return noise(seeds, model.unet.config.in_channels, pictures.shape[2] // cell, pictures.shape[3] // cell)
 
