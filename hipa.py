@@ -466,7 +466,7 @@ def upscale(model, pictures, scale, prompts, seeds, strength=0.3, steps=1, guida
     size = [round(scale * length) for length in pictures.shape[2:]]
     height, width = [max(1, round(length * max(1, side / max(size)))) for length in size]
     large = F.pad(resize(pictures, (height, width)), (0, -width % cell, 0, -height % cell), mode="replicate")
-    eps, drawn, weights = noise_for(model, large, seeds), torch.zeros_like(large), torch.zeros_like(large)
+    eps, drawn, weights = noise_for(model, large, seeds), torch.zeros_like(large), torch.zeros_like(large[:1, :1])
     slope = lambda n: torch.arange(1.0, n + 1).minimum(torch.arange(n, 0.0, -1)).clamp(max=side // 4)  # noqa: E731
     for top in tiles(model, height):
         for left in tiles(model, width):

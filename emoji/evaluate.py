@@ -180,11 +180,10 @@ def draw(model, evaluation, steps, guidance, seed, per_class, batch=24):
     return torch.cat(pictures), torch.tensor([index for index, _ in jobs])
 
 
-def row(name, measurements):
-    """One line of the table; over several measurements, mean ± half the spread."""
+def row(name, measurements, formats=("{:.1f} %", "{:.2f}", "{:.2f}", "{:.2f}")):
+    """One line of a table; over several measurements, mean ± half the spread."""
     low, high = np.min(measurements, axis=0), np.max(measurements, axis=0)
     mean = np.mean(measurements, axis=0)
-    formats = ["{:.1f} %", "{:.2f}", "{:.2f}", "{:.2f}"]
     cells = [
         f.format(m) + (f" ± {(h - lo) / 2:.{f[3]}f}" if len(measurements) > 1 else "")
         for f, m, lo, h in zip(formats, mean, low, high, strict=True)

@@ -16,7 +16,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -25,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import hipa  # noqa: E402
-from evaluate import OTHER_VIEWS, SIZE, Evaluation, psnr  # noqa: E402
+from evaluate import OTHER_VIEWS, SIZE, Evaluation, psnr, real_pictures, row  # noqa: E402
 from sample import STRENGTH, apply_lora, own_lora, run, to_pil, to_tensor, whole  # noqa: E402
 from train import PRESETS, load_distance  # noqa: E402
 
@@ -42,8 +41,8 @@ class Bench:
         apply_lora(self.adapted, *own_lora(folder, 1))
         self.evaluation = Evaluation(self.plain, per_class=1)
         self.distance = load_distance("dists", folder)
-        everything = Evaluation(self.plain, per_class=OTHER_VIEWS).real[0]
-        self.views = everything.unflatten(0, (-1, OTHER_VIEWS))  # (classes, views, 3, 64, 64)
+        _, (pictures, _) = real_pictures(self.evaluation.glyphs)
+        self.views = pictures.unflatten(0, (-1, OTHER_VIEWS))  # (classes, views, 3, 64, 64)
         self.names = [names[0] for _, names in self.evaluation.glyphs]
         self.labels = torch.arange(len(self.names))
 
@@ -77,9 +76,7 @@ class Bench:
                 sources = self.views[:, k % OTHER_VIEWS]
                 as_png = [to_tensor(picture) for picture in to_pil(pictures(sources, k))]
                 figures.append(measure(torch.stack(as_png), sources))
-            low, high, mean = (f(figures, axis=0) for f in (np.min, np.max, np.mean))
-            cells = [f"{m:.{d}f} ± {(h - lo) / 2:.{d}f}" for m, lo, h, d in zip(mean, low, high, columns.values())]
-            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+            print(row(name, figures, [f"{{:.{digits}f}}" for digits in columns.values()]), flush=True)
         print()
 
 

@@ -116,6 +116,20 @@ def checkpoint(request, tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("models") / request.param, request.param, prediction_type)
 
 
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    import hipa
+
+    return hipa.load(checkpoint)
+
+
+def quiet_pipeline(kind, checkpoint):
+    """diffusers' pipeline of a class, without its progress bars"""
+    pipeline = kind.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @pytest.fixture(scope="session")
 def sd15_like(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("models") / "sd15")

@@ -15,7 +15,7 @@ from PIL import Image
 
 import hipa
 import sample
-from conftest import SCHEDULE, run_sample
+from conftest import SCHEDULE, quiet_pipeline, run_sample
 from parity import LIMIT, assert_same, normal
 
 
@@ -26,15 +26,8 @@ def no_gradients():
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint):
-    return hipa.load(checkpoint)
-
-
-@pytest.fixture(scope="module")
 def pipeline(checkpoint):
-    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(checkpoint)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return quiet_pipeline(StableDiffusionImg2ImgPipeline, checkpoint)
 
 
 @pytest.fixture(scope="module")

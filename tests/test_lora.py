@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import hipa
 import lora
 import sample
-from conftest import ROOT, run_sample
+from conftest import ROOT, quiet_pipeline, run_sample
 from lora import ATTENTION, add_lora, delta, factors, load_lora, lora_off, merge, restore, save_lora, unmerge
 from parity import assert_same, normal, unet_inputs
 from test_official_configs import OFFICIAL, read_ours
@@ -60,8 +60,7 @@ def pipelines():
 @pytest.fixture
 def pipeline(pipelines, checkpoint):
     if checkpoint not in pipelines:
-        pipelines[checkpoint] = StableDiffusionPipeline.from_pretrained(checkpoint)
-        pipelines[checkpoint].set_progress_bar_config(disable=True)
+        pipelines[checkpoint] = quiet_pipeline(StableDiffusionPipeline, checkpoint)
     yield pipelines[checkpoint]
     pipelines[checkpoint].unload_lora_weights()
 

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from PIL import Image
 
 import hipa
-from conftest import ROOT, SCHEDULE
+from conftest import ROOT, SCHEDULE, quiet_pipeline
 from parity import assert_same, normal
 
 PREDICTIONS = ["epsilon", "v_prediction"]
@@ -98,14 +98,7 @@ def test_one_step_is_the_closed_form():
 # ------------------------------------------------------------------------------------------------------------ pipeline
 @pytest.fixture(scope="module")
 def pipeline(checkpoint):
-    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return hipa.load(checkpoint)
+    return quiet_pipeline(StableDiffusionPipeline, checkpoint)
 
 
 def run_pipeline(pipeline, prompts, seeds, steps, guidance, negative="", size=(32, 32), output="latent"):
