@@ -1,6 +1,6 @@
 """Speed and memory beside diffusers, in one run on one machine: every row is a ratio, below 1 is better for us.
 
-    python tests/bench.py                # all rows: about ten minutes on 2 cores, and 6 GB of disk for a while
+    python tests/bench.py                # all rows: about twelve minutes on 2 cores, and 6 GB of disk for a while
     python tests/bench.py command small  # only these
 
 Not a test: nothing fails here. Ours and theirs take turns, and the medians are compared.
@@ -16,12 +16,21 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import hipa  # noqa: E402
+import train  # noqa: E402
+from clip import CLIPTextConfig, CLIPTextModel  # noqa: E402
+from lora import add_lora  # noqa: E402
+from losses import DISTS, VGG, HiPALoss  # noqa: E402
+from sample import LORA_NAME, apply_lora  # noqa: E402
+from unet import UNet2DConditionModel, UNetConfig  # noqa: E402
+from vae import AutoencoderKL, VAEConfig  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parent / "official_configs"
 
@@ -64,6 +73,46 @@ def bench_command():
             ours = command(sys.executable, "sample.py", "a cat", "--steps", str(steps), "--out", out)
             theirs = command(sys.executable, "-c", script)
             compare(f'`python sample.py "a cat" --steps {steps}`', ours, theirs, 5)
+    ours = command(sys.executable, "-c", "import hipa; hipa.load('emoji')")
+    theirs = command(
+        sys.executable, "-c", "from diffusers import StableDiffusionPipeline as P; P.from_pretrained('emoji')"
+    )
+    compare("of that, imports and loading", ours, theirs, 5)
+
+
+def bench_pictures():
+    """Prompt to picture in one step, adaptors merged on both sides; and how the time grows with batch and size."""
+    from diffusers import StableDiffusionPipeline
+
+    model = hipa.load("emoji")
+    apply_lora(model, ROOT / "emoji" / LORA_NAME)
+    pipeline = StableDiffusionPipeline.from_pretrained(ROOT / "emoji")
+    pipeline.load_lora_weights(ROOT / "emoji")
+    pipeline.fuse_lora()
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sides(batch, side):
+        prompts, generators = ["a cat"] * batch, [torch.Generator().manual_seed(k) for k in range(batch)]
+        how = {"num_inference_steps": 1, "guidance_scale": 1, "height": side, "width": side, "output_type": "pt"}
+        ours = timed(lambda: hipa.sample(model, prompts, range(batch), 1, size=(side, side)))
+        return ours, timed(lambda: pipeline(prompts, generator=generators, **how))
+
+    def growth(name, amounts, arguments):
+        """Fits the exponent in seconds ~ amount ** exponent."""
+        seconds = []
+        for amount in amounts:
+            ours, theirs = sides(*arguments(amount))
+            ours(), theirs()
+            seconds.append([median(times) for times in zip(*((ours(), theirs()) for _ in range(5)))])
+        a, b = np.polyfit(np.log(amounts), np.log(seconds), 1)[0]
+        print(f"| exponent of time over {name} | {a:.2f} | {b:.2f} | {a / b:.2f} |", flush=True)
+
+    for batch in (1, 4, 16):
+        ours, theirs = sides(batch, 64)
+        each = lambda run, batch=batch: lambda: run() / batch  # noqa: E731
+        compare(f"one-step picture, emoji, in batches of {batch}", each(ours), each(theirs), 15)
+    growth("batch (1 to 16, 64×64)", [1, 2, 4, 8, 16], lambda batch: (batch, 64))
+    growth("pixels (64×64 to 256×256)", [side**2 for side in (64, 96, 128, 192, 256)], lambda n: (1, round(n**0.5)))
 
 
 def networks(folder):
@@ -231,91 +280,153 @@ def bench_train():
 
 
 def bench_gpu():
-    """Training at 2.1-base's size on a GPU: random weights, 512x512, bfloat16, compiled, checkpointed."""
+    """Absolute figures of 2.1-base's size on a GPU: random weights, 512x512, bfloat16."""
     if not torch.cuda.is_available():
         print("no GPU here: its rows are left out")
         return
-    import train
-    from clip import CLIPTextConfig, CLIPTextModel
-    from lora import add_lora
-    from losses import DISTS, VGG, HiPALoss
-    from unet import UNet2DConditionModel, UNetConfig
-    from vae import AutoencoderKL, VAEConfig
-
     torch.set_float32_matmul_precision("high")
-    official, kinds = CONFIGS / "sd21base", (CLIPTextModel, UNet2DConditionModel, AutoencoderKL)
-    with torch.device("cuda"):
-        text, unet, vae = (
-            kind(hipa.read_config(config, official / part / "config.json")).to(torch.bfloat16).requires_grad_(False)
-            for kind, config, part in zip(
-                kinds, (CLIPTextConfig, UNetConfig, VAEConfig), ("text_encoder", "unet", "vae")
-            )
-        )
-        loss = HiPALoss(DISTS(VGG())).cuda()
-    unet.conv_norm_out.float(), unet.conv_out.float()  # as the loader does
-    parameters = add_lora(unet, 16)
-    print(f"{torch.cuda.get_device_name()}, {sum(p.numel() for p in parameters):,} trained parameters")
-    optimizer, schedule = torch.optim.AdamW(parameters, 1e-4, fused=True), hipa.Schedule()
+    parts = {
+        "text_encoder": (CLIPTextModel, CLIPTextConfig),
+        "unet": (UNet2DConditionModel, UNetConfig),
+        "vae": (AutoencoderKL, VAEConfig),
+    }
+
+    def nets():
+        with torch.device("cuda"):
+            for part, (kind, config) in parts.items():
+                yield kind(hipa.read_config(config, CONFIGS / "sd21base" / part / "config.json")).requires_grad_(False)
 
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     rate = 2 * 8192**3 * 20 / gpu_seconds(lambda: [a @ b for _ in range(20)], 3)
-    print(f"a matrix product of 8192: {rate / 1e12:.0f} TFLOP/s in bfloat16")
+    print(f"{torch.cuda.get_device_name()}; a matrix product of 8192: {rate / 1e12:.0f} TFLOP/s in bfloat16\n")
+    gpu_pictures(*nets(), rate)
+    gpu_training(*nets(), HiPALoss(DISTS(VGG())).cuda(), rate)
+
+
+def to_bfloat16(*nets, unet):
+    """As the loader does: the UNet's last layers stay in float32."""
+    for net in (*nets, unet):
+        net.bfloat16()
+    unet.conv_norm_out.float(), unet.conv_out.float()
+
+
+def gpu_pictures(text, unet, vae, rate, side=64, batches=(1, 8)):
+    """One-step pictures by part: as they are, then compiled. `rate`: FLOP/s to compare with; `side`: of the latent.
+
+    Prints also how long compiling took, and how far bfloat16 is from float32.
+    """
+    device, schedule = unet.conv_in.weight.device, hipa.Schedule()
+
+    def parts(batch):
+        ids, timesteps = (
+            torch.ones(batch, text.config.max_position_embeddings, dtype=int, device=device),
+            torch.full((batch,), 999, device=device),
+        )
+        noise = torch.randn(batch, 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+        dtype = vae.decoder.conv_in.weight.dtype
+        states, latent = text(ids), noise.to(dtype)
+        x0 = lambda states: schedule.predict_x0(noise, timesteps, unet(latent, timesteps, states).float())  # noqa: E731
+        decode = lambda x0: vae.decode(x0.to(dtype)).float()  # noqa: E731
+        return {
+            "text": lambda: text(ids), "UNet": lambda: x0(states), "decoder": lambda: decode(noise),
+            "all": lambda: decode(x0(text(ids))),
+        }  # fmt: skip
+
+    exact = parts(1)["all"]()
+    to_bfloat16(text, vae, unet=unet)
+    error = (parts(1)["all"]() - exact).abs()
+    print(f"a one-step picture in bfloat16 is {error.mean():.4f} from float32's in the mean, {error.max():.3f} at most "
+          f"(its values spread by {exact.std():.2f})\n")  # fmt: skip
+    with FlopCounterMode(display=False) as counter:
+        parts(1)["all"]()
+    print(
+        "| one-step pictures | "
+        + " | ".join(f"{part}, ms" for part in parts(1))
+        + " | pictures/s | share of the rate |"
+    )
+    print("|---|" + "---|" * 6)
+    for compiled in (False, True):
+        if compiled:
+            start = time.perf_counter()
+            for net in (unet, vae.decoder):
+                net.compile()
+            parts(1)["all"]()
+            compiling = time.perf_counter() - start
+        for batch in batches:
+            seconds = {name: gpu_seconds(part, 10) / batch for name, part in parts(batch).items()}
+            share = counter.get_total_flops() / seconds["all"] / rate
+            name = f"batch {batch}, {'compiled' if compiled else 'eager'}"
+            times = " | ".join(f"{1000 * s:.1f}" for s in seconds.values())
+            print(f"| {name} | {times} | {1 / seconds['all']:.1f} | {share:.2f} |", flush=True)
+    print(f"\ncompiling, for the first picture: {compiling:.0f} s\n")
+
+
+def gpu_training(text, unet, vae, loss, rate, side=64, batches=(1, 4, 8)):
+    """One update of the adaptors of the attention layers: compiled, checkpointed."""
+    device, schedule = unet.conv_in.weight.device, hipa.Schedule()
+    to_bfloat16(text, vae, unet=unet)
+    parameters = add_lora(unet, 16)
+    optimizer = torch.optim.AdamW(parameters, 1e-4, fused=True)
 
     def step(batch):
-        noise, target = torch.randn(2, batch, 4, 64, 64, device="cuda")
-        timesteps, states = torch.full((batch,), 999, device="cuda"), text(torch.ones(batch, 77, dtype=int).cuda())
+        noise, target = torch.randn(2, batch, 4, side, side, device=device)
+        timesteps = torch.full((batch,), 999, device=device)
+        with torch.no_grad():
+            states = text(torch.ones(batch, text.config.max_position_embeddings, dtype=int, device=device))
 
         def run():
-            x0 = schedule.predict_x0(noise, timesteps, unet(noise.bfloat16(), timesteps, states).float())
-            with torch.no_grad():
-                picture = vae.decode(target.bfloat16()).float()
-            sum(loss(vae.decode(x0.bfloat16()).float(), picture).values()).backward()
+            with torch.enable_grad():
+                x0 = schedule.predict_x0(noise, timesteps, unet(noise.bfloat16(), timesteps, states).float())
+                with torch.no_grad():
+                    picture = vae.decode(target.bfloat16()).float()
+                sum(loss(vae.decode(x0.bfloat16()).float(), picture).values()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
         return run
 
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter:
         step(1)()
-    flops = counter.get_total_flops()
     train.checkpoint_activations(unet, vae.decoder)
     for net in (unet, vae.decoder, loss.distance):
         net.compile()
-    print("| batch | samples/s | peak GiB | share of the matrix product's rate | hours for 100,000 pairs |")
+    print(f"{sum(p.numel() for p in parameters):,} trained parameters\n")
+    print("| training, batch | samples/s | peak GiB | share of the rate | hours for 100,000 pairs |")
     print("|---|---|---|---|---|")
-    for batch in (1, 4, 8):
-        torch.cuda.reset_peak_memory_stats()
+    for batch in batches:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         seconds = gpu_seconds(step(batch), 5) / batch
-        peak, share = torch.cuda.max_memory_allocated() / 2**30, flops / seconds / rate
-        print(
-            f"| {batch} | {1 / seconds:.2f} | {peak:.1f} | {share:.2f} | {seconds * 100_000 / 3600:.1f} |", flush=True
-        )
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+        share, hours = counter.get_total_flops() / seconds / rate, seconds * 100_000 / 3600
+        print(f"| {batch} | {1 / seconds:.2f} | {peak:.1f} | {share:.2f} | {hours:.1f} |", flush=True)
 
 
 def gpu_seconds(function, rounds):
     """Median seconds of a call, after three unmeasured ones."""
-    times = []
+    synchronize, times = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None, []
     for _ in range(3 + rounds):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
+        with torch.no_grad():
+            function()
+        synchronize()
         times.append(time.perf_counter() - start)
     return median(times[3:])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="command|small|train|large|load|gpu")
-    rows = parser.parse_args().rows or ["command", "small", "train", "large", "load", "gpu"]
+    parser.add_argument("rows", nargs="*", metavar="command|pictures|small|train|large|load|gpu")
+    rows = parser.parse_args().rows or ["command", "pictures", "small", "train", "large", "load", "gpu"]
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32\n")
     print("| | hipa | diffusers | ratio |\n|---|---|---|---|")
     if "command" in rows:
         bench_command()
+    if "pictures" in rows:
+        bench_pictures()
     if "small" in rows:
         bench_forward("emoji", ROOT / "emoji", 1, 16, 40)
         bench_forward("emoji", ROOT / "emoji", 16, 16, 10)
