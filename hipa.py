@@ -88,7 +88,7 @@ class Schedule:
         return (x - sigma * prediction) / alpha
 
     def add_noise(self, x0, timestep, noise):
-        """x_t of the clean latent x0 (B, 4, h, w) at an int timestep."""
+        """x_t of the clean latent x0 (B, 4, h, w) at an int timestep, or one for each picture (B,)."""
         alpha, sigma = self.alpha_sigma(timestep)
         return alpha * x0 + sigma * noise
 
@@ -339,15 +339,16 @@ def finish(model, x, timestep, prompts, steps, guidance, negative, progress, kno
 def predictor(model, prompts, guidance=1.0, negative=""):
     """The network's view of the clean latents of `prompts` (B strings): a function (x (B, 4, h, w), timestep) -> x0.
 
-    The timestep is an int, or, without guidance, one for each picture (B,). With `guidance` above 1 the view is
-    classifier-free guided (Ho & Salimans 2022). The arithmetic around the network is float32.
+    The timestep is an int, or one for each picture (B,). With `guidance` above 1 the view is classifier-free guided (Ho
+    & Salimans 2022). The arithmetic around the network is float32.
     """
     guided = guidance > 1
     context = model.encode([negative] * len(prompts) + list(prompts) if guided else list(prompts))  # (B or 2B, S, D)
 
     def predict_x0(x, timestep):
-        x_in = torch.cat([x, x]) if guided else x
-        timesteps = torch.as_tensor(timestep, device=x.device).expand(len(x_in))
+        x_in, timesteps = x, torch.as_tensor(timestep, device=x.device).expand(len(x))
+        if guided:
+            x_in, timesteps = torch.cat([x, x]), torch.cat([timesteps, timesteps])
         prediction = model.unet(x_in.to(model.dtype), timesteps, context).float()
         if guided:
             without, with_text = prediction.chunk(2)

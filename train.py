@@ -7,8 +7,8 @@
     torchrun --nproc_per_node 8 train.py --data coco --batch 64
 
 Stage one: the frozen model draws every (prompt, seed) pair in many guided steps; the resulting latent is kept. The
-noise it began with is not kept, its seed is. A few points on the way from noise to picture are kept too: from those the
-student learns to jump to the end from t < 999, which editing and inpainting need.
+noise it began with is not kept, its seed is. And from another picture, or this one blurred, with noise as at some
+t < 999, the model draws on too: that is where editing, inpainting and super-resolution begin.
 Stage two: the same network, with adaptors, draws each pair's picture in one step; HiPALoss compares the two.
 
 Everything random in step k is drawn from a generator seeded by k. So a run that was interrupted goes on bitwise as if
@@ -57,7 +57,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # parameters, and for the rest a guess until somebody measures it. Other data: as coco.
 PRESETS = {
     "emoji": {
-        "model": "emoji", "pairs": 768, "guidance": 2.0, "teacher_steps": 12,
+        "model": "emoji", "pairs": 704, "guidance": 2.0, "teacher_steps": 10,
         "steps": 900, "batch": 8, "lr": 4e-3, "layers": "all",
     },
     "coco": {
@@ -90,7 +90,7 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--pairs", type=whole(1), help=f"(prompt, seed) pairs; prompts repeat if there are fewer {preset('pairs')}")
     add("--guidance", type=number, help=f"of the teacher {preset('guidance')}")
-    add("--teacher-steps", type=whole(POINTS + 1, 1000), metavar="STEPS",
+    add("--teacher-steps", type=whole(1, 1000), metavar="STEPS",
         help=f"that the teacher takes to a picture {preset('teacher_steps')}")  # fmt: skip
     add("--targets", type=Path, metavar="FOLDER", help="where they are kept; runs can share them (<out>/targets)")
     group = parser.add_argument_group("stage two: the adaptors")
@@ -102,7 +102,7 @@ def parse_args(argv=None):
     add("--rank", type=whole(1), default=16, help="of the adaptors (%(default)s)")
     add("--layers", choices=["attention", "all"],
         help=f"attention: to_q, to_k, to_v, to_out; all: every linear or convolution {preset('layers')}")  # fmt: skip
-    add("--later", type=number, default=0.25, help="share of pictures begun at t < 999 (%(default)s)")
+    add("--later", type=number, default=0.2, help="share of pictures begun at t < 999 (%(default)s)")
     add("--distance", choices=["dists", "lpips"], default="dists", help="between pictures (%(default)s)")
     for name, weight in WEIGHTS.items():
         add(f"--{name}", type=number, default=weight, metavar="WEIGHT", help="of this term of the loss (%(default)s)")
@@ -200,7 +200,6 @@ def fetch_file(url, path, digest):
 
 # ------------------------------------------------------------------------------------- stage one: the teacher's targets
 SHARD = 64  # pairs in a file, and what is lost at most when stage one is interrupted
-POINTS = 3  # of each trajectory, for learning t < 999
 FIRST_SEED = 10**9  # of the pairs' noise: no picture that a user draws later begins where training did
 HELD_OUT = 8  # further pairs, never trained on, for the sample grids
 
@@ -208,9 +207,9 @@ HELD_OUT = 8  # further pairs, never trained on, for the sample grids
 class Targets:
     """What the teacher draws: pair k is prompt k (in a circle) and the noise of seed FIRST_SEED + k.
 
-    Kept as safetensors shards in a folder, so that memory stays constant: `x0` (n, 4, h, w), the end of the trajectory;
-    `x` (n, POINTS, 4, h, w) and `t` (n, POINTS), points on the way. Half precision, far finer than the teacher's own
-    error.
+    Kept as safetensors shards in a folder, so that memory stays constant: `x0` (n, 4, h, w), what the noise becomes;
+    `x` (n, 4, h, w) at the timesteps `t` (n), where a picture begins later than with noise, and `x0_later`, what that
+    becomes. Half precision, far finer than the teacher's own error.
     """
 
     def __init__(self, folder, prompts, last):
@@ -263,39 +262,37 @@ class Targets:
 
     @torch.no_grad()
     def draw(self, model, indices, steps, guidance):
-        """The trajectories of some pairs: a dict of tensors as in the shards, on the CPU."""
-        config = model.unet.config
-        x = hipa.noise([FIRST_SEED + k for k in indices], config.in_channels, config.sample_size, config.sample_size)
+        """What becomes of some pairs: a dict of tensors as in the shards, on the CPU."""
+        config, schedule, generator = model.unet.config, model.schedule, seeded("later", indices[0])
+        seeds, side = [FIRST_SEED + k for k in indices], config.sample_size
+        noise = hipa.noise(seeds, config.in_channels, side, side)
         predict_x0 = hipa.predictor(model, [self.prompt(k) for k in indices], guidance)
-        trajectory, timesteps = [], []
-
-        def remember(x, t):
-            trajectory.append(x.half().cpu())
-            timesteps.append(t)
-            return predict_x0(x, t)
-
-        x0 = hipa.dpm_solver(remember, x.to(model.device), model.schedule, steps)
-        if not torch.isfinite(x0).all():
+        x0 = hipa.dpm_solver(predict_x0, noise.to(model.device), schedule, steps)
+        # Every second pair begins later with another's picture, as editing does; the others with their own, blurred.
+        pictures = model.vae.decode(x0.to(model.dtype)).float()
+        small = F.interpolate(pictures, scale_factor=1 / 4, mode="bicubic", antialias=True)
+        blurred = F.interpolate(small, size=pictures.shape[2:], mode="bicubic")
+        odd = torch.tensor([k % 2 for k in indices], device=model.device).bool()[:, None, None, None]
+        source = model.vae.encode(torch.where(odd, pictures.roll(1, 0), blurred).to(model.dtype)).float()
+        t = torch.randint(self.last // 5, self.last, (), generator=generator).item()
+        x = schedule.add_noise(source, t, torch.randn(noise.shape, generator=generator).to(model.device))
+        x0_later = hipa.dpm_solver(predict_x0, x, schedule, max(1, round(steps * t / self.last)), first=t)
+        drawn = {"x0": x0, "x": x, "x0_later": x0_later}
+        if not all(torch.isfinite(x).all() for x in drawn.values()):
             raise UserError("the teacher's latents are not finite (NaN or inf): try --dtype float32")
-        # Other points for each pair, so that the student meets all timesteps of the teacher; not the first, the noise.
-        chosen = torch.stack(
-            [torch.randperm(steps - 1, generator=torch.Generator().manual_seed(k))[:POINTS] + 1 for k in indices]
-        )  # (n, POINTS)
-        trajectory = torch.stack(trajectory, dim=1)  # (n, steps, 4, h, w)
-        points = trajectory[torch.arange(len(indices))[:, None], chosen]
-        return {"x0": x0.half().cpu(), "x": points, "t": torch.tensor(timesteps)[chosen]}
+        return {key: x.half().cpu() for key, x in drawn.items()} | {"t": torch.full((len(indices),), t)}
 
     def batch(self, chosen):
-        """[(pair, point)] -> x (B, 4, h, w), timesteps (B,), x0 (B, 4, h, w), prompts. Point -1 is the noise itself."""
+        """[(pair, whether it begins later)] -> x (B, 4, h, w), timesteps (B,), x0 (B, 4, h, w), prompts"""
         rows = []
-        for k, point in chosen:
+        for k, later in chosen:
             with safe_open(self.path(k // SHARD), "pt") as file:
-                x0 = file.get_slice("x0")[k % SHARD].float()
-                if point < 0:
-                    x, t = hipa.noise([FIRST_SEED + k], *x0.shape)[0], torch.tensor(self.last)
+                tensor = lambda key: file.get_slice(key)[k % SHARD]  # noqa: B023, E731
+                if later:
+                    rows.append((tensor("x").float(), tensor("t"), tensor("x0_later").float()))
                 else:
-                    x, t = file.get_slice("x")[k % SHARD, point].float(), file.get_slice("t")[k % SHARD, point]
-                rows.append((x, t, x0))
+                    x0 = tensor("x0").float()
+                    rows.append((hipa.noise([FIRST_SEED + k], *x0.shape)[0], torch.tensor(self.last), x0))
         return *(torch.stack(column) for column in zip(*rows)), [self.prompt(k) for k, _ in chosen]
 
 
@@ -344,13 +341,12 @@ def schedule_of_lr(step, steps):
 
 
 def pairs_of_step(step, args):
-    """The (pair, point) of every picture of a step: pairs in shuffled order, each once per round; most at the noise."""
+    """(pair, whether it begins later) for every picture of a step: pairs in shuffled order, each once per round."""
     generator = seeded("step", args.seed, step)
     later = torch.rand(args.batch, generator=generator) < args.later
-    points = torch.where(later, torch.randint(POINTS, (args.batch,), generator=generator), -1)
     places = range(step * args.batch, (step + 1) * args.batch)
     pairs = [shuffled(args.pairs, args.seed, place // args.pairs)[place % args.pairs] for place in places]
-    return list(zip(pairs, points.tolist()))
+    return list(zip(pairs, later.tolist()))
 
 
 @functools.lru_cache(maxsize=2)
@@ -477,7 +473,7 @@ class Run:
         if RANK:
             return
         indices = range(self.args.pairs, self.args.pairs + HELD_OUT)
-        *_, x0, prompts = self.targets.batch([(k, -1) for k in indices])
+        *_, x0, prompts = self.targets.batch([(k, False) for k in indices])
         seeds = [FIRST_SEED + k for k in indices]
         with lora_off(self.model.unet):
             rows = [hipa.sample(self.model, prompts, seeds, steps=1)]
@@ -532,7 +528,8 @@ def barrier():
         dist.barrier()
 
 
-def main():
+def main(kind=Run):
+    """`kind`: the class that trains; `emoji/peers.py` has one with another loss."""
     args = parse_args()
     device = choose_device(args.device)
     if not args.resume and (args.out / "settings.json").exists():
@@ -558,7 +555,7 @@ def main():
     targets = Targets(args.targets, prompts, model.schedule.num_train_timesteps - 1)
     if not RANK:
         sha256 = hipa.sha256(hipa.weights_file(checkpoint_folder / "unet"))
-        targets.check(unet=sha256, guidance=args.guidance, steps=args.teacher_steps, points=POINTS)
+        targets.check(unet=sha256, guidance=args.guidance, steps=args.teacher_steps, format=2)
         kept = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if key != "resume"}
         (args.out / "settings.json").write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
     barrier()
@@ -574,7 +571,7 @@ def main():
     if args.checkpointing:
         checkpoint_activations(model.unet, model.vae.decoder)
     weights = {name: getattr(args, name) for name in WEIGHTS if name != "latent"}
-    training = Run(args, model, targets, HiPALoss(distance.to(device), **weights, radius=args.radius))
+    training = kind(args, model, targets, HiPALoss(distance.to(device), **weights, radius=args.radius))
     if args.resume:
         training.resume()
     if not RANK:

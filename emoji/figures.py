@@ -98,9 +98,9 @@ def main():
     apply_lora(adapted, HERE / LORA_NAME)
     DOCS.mkdir(exist_ok=True)
     rows = {
-        "25 steps": (frozen, 25, PRESETS["emoji"]["guidance"]),
         "plain 1 step": (frozen, 1, 1.0),
         "HiPA 1 step": (adapted, 1, 1.0),
+        "25 steps": (frozen, 25, PRESETS["emoji"]["guidance"]),
     }
     strip(rows, DOCS / "strip.png")
     jobs_strip(rows, DOCS / "jobs.png")

@@ -28,7 +28,7 @@ from evaluate import OTHER_VIEWS, SIZE, Evaluation, psnr, real_pictures, row  # 
 from sample import STRENGTH, apply_lora, own_lora, run, to_pil, to_tensor, whole  # noqa: E402
 from train import PRESETS, load_distance  # noqa: E402
 
-GUIDANCE = PRESETS["emoji"]["guidance"]  # of the 25 steps
+GUIDANCE = PRESETS["emoji"]["guidance"]  # of the 25 steps, as of what the adaptors learned from; none without a prompt
 BATCH = 37
 
 
@@ -53,12 +53,18 @@ class Bench:
     def dists(self, x, y):
         return self.distance(x.clamp(-1, 1) / 2 + 0.5, y / 2 + 0.5).mean().item()
 
-    def table(self, title, columns, draw, measure, repetitions, others=()):
-        """Prints a table. draw(model, sources, part, seeds, **options) -> pictures of the slice `part`;
-        measure(pictures, sources) -> figures. `others`: further rows, (name, function sources -> pictures)."""
+    @staticmethod
+    def header(title, columns):
+        """Prints a table's head. Columns: {name: digits after the point}"""
+        print(f"\n| {title} | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+
+    def rows(self, columns, draw, measure, repetitions, others=(), end=""):
+        """Prints a table's rows. draw(model, sources, part, seeds, **options) -> pictures of the slice `part`;
+        measure(pictures, sources) -> figures. `others`: further rows, (name, function sources -> pictures); `end`: of
+        every name."""
         ways = {
             "plain 1 step": (self.plain, 1, 1.0), "**HiPA, 1 step**": (self.adapted, 1, 1.0),
-            f"25 steps, guidance {GUIDANCE:g}": (self.plain, 25, GUIDANCE),
+            "25 steps": (self.plain, 25, GUIDANCE),
         }  # fmt: skip
 
         def drawn(model, steps, guidance, sources, k):
@@ -69,22 +75,21 @@ class Bench:
 
         rows = {name: lambda sources, k, f=f: f(sources) for name, f in others}
         rows |= {name: lambda sources, k, way=way: drawn(*way, sources, k) for name, way in ways.items()}
-        print(f"| {title} | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
         for name, pictures in rows.items():
             figures = []
-            for k in tqdm(range(repetitions), desc=f"{title}, {name}", leave=False):
+            for k in tqdm(range(repetitions), desc=name + end, leave=False):
                 sources = self.views[:, k % OTHER_VIEWS]
                 as_png = [to_tensor(picture) for picture in to_pil(pictures(sources, k))]
                 figures.append(measure(torch.stack(as_png), sources))
-            print(row(name, figures, [f"{{:.{digits}f}}" for digits in columns.values()]), flush=True)
-        print()
+            print(row(name + end, figures, [f"{{:.{digits}f}}" for digits in columns.values()]), flush=True)
 
 
 def editing(bench, repetitions):
     """Every picture becomes the thing seven classes on, which has nothing to do with what it was."""
     labels = (bench.labels + 7) % len(bench.names)
     prompts = [bench.names[label] for label in labels]
-    columns = {"recognition, %": 1, "Fréchet": 2, "edges": 2, "DISTS to the source": 3}  # and their digits
+    columns = {"recognition, %": 1, "Fréchet": 2, "edges": 2, "DISTS to the source": 3}
+    bench.header("editing", columns)
     for strength in (0.5, 0.6, 0.7, 0.8, 0.9):
 
         def draw(model, sources, part, seeds, strength=strength, **options):
@@ -93,7 +98,7 @@ def editing(bench, repetitions):
         def measure(pictures, sources):
             return [*bench.recognised(pictures, labels), bench.dists(pictures, sources)]
 
-        bench.table(f"editing, strength {strength:g}", columns, draw, measure, repetitions)
+        bench.rows(columns, draw, measure, repetitions, end=f", strength {strength:g}")
 
 
 def inpainting(bench, repetitions):
@@ -113,8 +118,8 @@ def inpainting(bench, repetitions):
     columns = {"recognition, %": 1, "Fréchet": 2, "edges": 2, "seam": 2, "DISTS": 3}
     masks = mask.expand(len(bench.names), -1, -1, -1)
     filled = ("the hole as it is filled first", lambda sources: hipa.fill(sources, masks))
-    title = f"inpainting the right half, strength {STRENGTH['inpainting']:g}"
-    bench.table(title, columns, draw, measure, repetitions, [filled])
+    bench.header(f"inpainting the right half, strength {STRENGTH['inpainting']:g}", columns)
+    bench.rows(columns, draw, measure, repetitions, [filled])
 
 
 def super_resolution(bench, repetitions):
@@ -130,6 +135,7 @@ def super_resolution(bench, repetitions):
         return [psnr(pictures, sources), bench.dists(pictures, sources), *bench.recognised(pictures, bench.labels)]
 
     for side in (16, 32):
+        bench.header(f"{side} to {SIZE} pixels, strength {strength:g}", columns)
         bicubic = lambda sources, side=side: resize(resize(sources, side), SIZE)  # noqa: E731
 
         def corrected(sources, side=side, bicubic=bicubic):
@@ -145,8 +151,7 @@ def super_resolution(bench, repetitions):
                 return hipa.upscale(model, resize(sources[part], side), SIZE // side, prompts, seeds, **options)
 
             others = [("bicubic", bicubic), ("bicubic, corrected", corrected)] if with_prompt else []
-            title = f"{side} to {SIZE} pixels, {'with' if with_prompt else 'no'} prompt, strength {strength:g}"
-            bench.table(title, columns, draw, measure, repetitions, others)
+            bench.rows(columns, draw, measure, repetitions, others, end="" if with_prompt else ", no prompt")
 
 
 JOBS = {"editing": editing, "inpainting": inpainting, "super-resolution": super_resolution}

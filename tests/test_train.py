@@ -28,6 +28,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -272,19 +273,12 @@ def test_explicit_options_win_over_the_presets():
 
 
 # ------------------------------------------------------------------------------------------------ the teacher's targets
-def trajectory(net, prompt, seed, steps=TEACHER_STEPS):
-    """The way from noise to picture -> {t: x}, x0"""
-    config, seen = net.unet.config, {}
-    predict_x0 = hipa.predictor(net, [prompt], GUIDANCE)
-
-    def remember(x, t):
-        seen[t] = x[0]
-        return predict_x0(x, t)
-
+def from_noise(net, prompt, seed, steps=TEACHER_STEPS):
+    """What the noise of a seed becomes, as a latent."""
+    config = net.unet.config
     with torch.no_grad():
         noise = hipa.noise([seed], config.in_channels, config.sample_size, config.sample_size)
-        x0 = hipa.dpm_solver(remember, noise, net.schedule, steps)
-    return seen, x0[0]
+        return hipa.dpm_solver(hipa.predictor(net, [prompt], GUIDANCE), noise, net.schedule, steps)[0]
 
 
 def close(a, b, tolerance=2e-3):
@@ -300,42 +294,65 @@ def test_targets_are_what_sampling_draws(checkpoint, tmp_path):
         pictures = net.vae.decode(drawn["x0"].float())
     expected = hipa.sample(net, [words[1], words[2], words[0]], range(FIRST + 1, FIRST + 4), steps, GUIDANCE)
     assert (pictures - expected).abs().max() < 1e-2
-    assert drawn["x"].shape == (3, train.POINTS, 4, 8, 8)
     for n, k in enumerate((1, 2, 3)):
-        seen, x0 = trajectory(net, words[k % 3], FIRST + k, steps)
-        close(drawn["x0"][n], x0)
-        assert len(set(drawn["t"][n].tolist())) == train.POINTS and 999 not in drawn["t"][n]
-        for x, t in zip(drawn["x"][n], drawn["t"][n].tolist()):
-            close(x, seen[t])
-    assert drawn["t"].unique().numel() > train.POINTS  # not the same points for each pair
+        close(drawn["x0"][n], from_noise(net, words[k % 3], FIRST + k, steps))
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_later_start(checkpoint, tmp_path, steps):
+    """Of even pairs from their own picture, blurred; of odd ones from that of the pair before: it is as if `hipa.edit`
+    drew it, in as many steps of the same length."""
+    net, words, indices = hipa.load(checkpoint), PROMPTS[:3], range(2, 6)
+    drawn = train.Targets(tmp_path, words, 999).draw(net, indices, steps, GUIDANCE)
+    t = drawn["t"][0].item()
+    assert drawn["t"].tolist() == [t] * 4 and 199 <= t < 999
+    latents, x = drawn["x0"].float(), drawn["x"].float()
+    with torch.no_grad():
+        own = net.vae.decode(latents)
+        blurred = F.interpolate(own, scale_factor=0.25, mode="bicubic", antialias=True)
+        blurred = F.interpolate(blurred, scale_factor=4, mode="bicubic")
+        source = torch.stack([blurred[0], own[0], blurred[2], own[2]])
+        alpha, sigma = net.schedule.alpha_sigma(t)
+        noise = (x - alpha * net.vae.encode(source)) / sigma  # what is in x besides the source
+        assert all(abs(n.mean()) < 0.25 and 0.8 < n.std() < 1.2 for n in noise)  # a normal sample of 256
+        assert abs(torch.corrcoef(noise.flatten(1)) - torch.eye(4)).max() < 0.25
+        prompts = [words[k % 3] for k in indices]
+        expected = hipa.redraw(net, source, noise, prompts, t / 999, max(1, round(steps * t / 999)), GUIDANCE, "", None)
+        assert (net.vae.decode(drawn["x0_later"].float()) - expected).abs().max() < 2e-2
+
+
+def test_later_starts_differ(checkpoint, tmp_path):
+    """In their timestep, from batch to batch."""
+    targets, net = train.Targets(tmp_path, PROMPTS, 999), hipa.load(checkpoint)
+    assert len({targets.draw(net, [k], 1, 1.0)["t"].item() for k in range(8)}) > 4
 
 
 def test_what_training_reads_of_them(finished, model):
-    """Point -1 of pair k is the noise of FIRST_SEED + k at t = 999, others lie on the way; x0 is its end."""
+    """The noise of FIRST_SEED + k at t = 999 and what it becomes, or a later start and what that becomes."""
     words = finished.prompts
     assert sorted(words) == sorted(PROMPTS) and words != PROMPTS  # shuffled
     targets, net = train.Targets(finished.out / "targets", words, 999), hipa.load(model)
-    chosen = [(0, -1), (7, -1), (3, 0), (6, 2), (15, 1)]
+    there = load_file(finished.out / "targets" / "000000.safetensors")
+    chosen = [(0, False), (7, False), (3, True), (6, True), (15, False)]
     x, timesteps, x0, prompts = targets.batch(chosen)
     assert prompts == [words[k % len(words)] for k, _ in chosen]
-    for n, (k, point) in enumerate(chosen):
-        seen, end = trajectory(net, prompts[n], FIRST + k)
-        close(x0[n], end)
-        close(x[n], seen[timesteps[n].item()])
-        assert (timesteps[n] == 999) == (point == -1)
+    for n, (k, later) in enumerate(chosen):
+        assert timesteps[n] == (there["t"][k] if later else 999)
+        if later:
+            assert torch.equal(x[n], there["x"][k].float()) and torch.equal(x0[n], there["x0_later"][k].float())
+        else:
+            close(x0[n], from_noise(net, prompts[n], FIRST + k))
     assert torch.equal(x[:2], hipa.noise([FIRST, FIRST + 7], 4, 8, 8))
     assert x.dtype == x0.dtype == torch.float32
 
 
-def test_a_pair_does_not_depend_on_what_is_drawn_beside_it(finished, model):
-    """Nor on how many there are: drawn alone or in threes, as in the run's batches of four."""
+def test_a_picture_does_not_depend_on_what_is_drawn_beside_it(finished, model):
+    """Nor on how many there are: drawn alone or in threes, as in the run's batches of four. (A later start does.)"""
     net, words = hipa.load(model), finished.prompts
     there = load_file(finished.out / "targets" / "000000.safetensors")
     for indices in ([2], [9, 2, 5]):
         drawn = train.Targets(finished.out, words, 999).draw(net, indices, TEACHER_STEPS, GUIDANCE)
         close(drawn["x0"], there["x0"][indices], 1e-3)
-        close(drawn["x"], there["x"][indices], 1e-3)
-        assert torch.equal(drawn["t"], there["t"][indices])
 
 
 def test_a_teacher_that_draws_nan(begin, model, tmp_path):
@@ -773,7 +790,7 @@ BAD = {
     "a learning rate of 1e30": (["--data", "p.txt", "--lr", "1e30"], ["--lr"]),
     "rank 0": (["--data", "p.txt", "--rank", "0"], ["--rank"]),
     "no pairs": (["--data", "p.txt", "--pairs", "0"], ["--pairs"]),
-    "fewer teacher steps than points": (["--data", "p.txt", "--teacher-steps", "3"], ["--teacher-steps"]),
+    "no teacher steps": (["--data", "p.txt", "--teacher-steps", "0"], ["--teacher-steps"]),
     "a seed too large": (["--data", "p.txt", "--seed", str(2**63 - 1)], ["--seed"]),
     "a distance there is not": (["--data", "p.txt", "--distance", "mse"], ["--distance"]),
     "an unknown option": (["--data", "p.txt", "--stepz", "3"], ["--stepz"]),
@@ -967,19 +984,16 @@ def test_a_step_depends_on_its_number_only():
     assert first[0] != first[3]
 
 
-def test_the_seed_decides_the_order_of_pairs_and_the_points():
-    """Other seeds, other orders and other points."""
+def test_the_seed_decides_the_order_of_pairs_and_which_begin_later():
+    """Other seeds, other orders."""
     steps = [[train.pairs_of_step(step, settings(seed=seed)) for step in range(3)] for seed in range(3)]
     for part in (0, 1):
         assert len({tuple(pair[part] for step in each for pair in step) for each in steps}) == 3
 
 
 def test_the_share_that_begins_later():
-    """About --later of the pictures, at each of the points alike."""
-    points = [point for step in range(500) for _, point in train.pairs_of_step(step, settings())]
-    shares = {point: points.count(point) / len(points) for point in range(-1, train.POINTS)}
-    assert sum(shares.values()) == pytest.approx(1) and shares[-1] == pytest.approx(0.75, abs=0.04)
-    assert all(shares[point] == pytest.approx(0.25 / train.POINTS, abs=0.03) for point in range(train.POINTS))
+    later = [later for step in range(500) for _, later in train.pairs_of_step(step, settings())]
+    assert sum(later) / len(later) == pytest.approx(0.25, abs=0.04)
 
 
 @pytest.mark.parametrize("steps", [20, 100, 1000])
