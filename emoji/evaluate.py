@@ -167,7 +167,7 @@ class Evaluation:
         return [100 * recognised, frechet(features, self.reference_features), *energy]
 
 
-def draw(model, evaluation, steps, guidance, seed, per_class, batch=24):
+def draw(model, evaluation, steps, guidance, seed, per_class, batch=24, sample=hipa.sample):
     """The model's pictures of every class, `per_class` each, and their classes. Seeds differ between all pictures."""
     jobs = [(index, names[0]) for index, (_, names) in enumerate(evaluation.glyphs) for _ in range(per_class)]
     seeds = [1_000_000 * (seed + 1) + k for k in range(len(jobs))]
@@ -175,7 +175,7 @@ def draw(model, evaluation, steps, guidance, seed, per_class, batch=24):
     with tqdm(total=len(jobs), desc=f"{steps} steps, seed {seed}", unit="picture", leave=False) as bar:
         for i in range(0, len(jobs), batch):
             prompts = [name for _, name in jobs[i : i + batch]]
-            pictures.append(hipa.sample(model, prompts, seeds[i : i + batch], steps, guidance))
+            pictures.append(sample(model, prompts, seeds[i : i + batch], steps, guidance))
             bar.update(len(prompts))
     return torch.cat(pictures), torch.tensor([index for index, _ in jobs])
 

@@ -45,11 +45,11 @@ VARIANTS = {
 }
 
 
-def train(out, name, options, steps):
+def train(out, name, options, steps, script=HERE.parent / "train.py"):
     """One variant, unless it is there. Returns its folder."""
     folder = out / f"{name.replace(' ', '-').replace(',', '').replace(chr(39), '')}-{steps}"
     if not (folder / LORA_NAME).exists() or seconds_and_steps(folder)[1] < steps:
-        command = [sys.executable, HERE.parent / "train.py", "--out", folder]
+        command = [sys.executable, script, "--out", folder]
         if (folder / "settings.json").exists():
             command += ["--resume"]
         else:
@@ -68,6 +68,8 @@ def train(out, name, options, steps):
 
 
 COST = "processor_seconds"
+HEADER = """| pictures | recognition | Fréchet | edges | all | trained parameters | minutes |
+|---|---|---|---|---|---|---|"""
 
 
 def seconds_and_steps(folder):
@@ -78,15 +80,15 @@ def seconds_and_steps(folder):
 
 
 @torch.no_grad()
-def measure(name, evaluation, seeds, steps=1, guidance=1.0, folder=None):
-    """Prints one row: the figures, trained parameters, minutes."""
+def measure(name, evaluation, seeds, steps=1, guidance=1.0, folder=None, **how):
+    """Prints one row under HEADER. `folder`: of the adaptors; `how`: for `draw`."""
     model, cost = hipa.load("emoji"), "| | |"
     if folder:
         count = sum(A.numel() + B.numel() for A, B in load_lora(folder / LORA_NAME, model.unet).values())
         apply_lora(model, folder / LORA_NAME)
         seconds, updates = seconds_and_steps(folder)
         name, cost = f"{name}, {updates:,} updates", f" {count:,} | {seconds / 60:.1f} |"
-    figures = [evaluation.measure(*draw(model, evaluation, steps, guidance, seed, 2)) for seed in range(seeds)]
+    figures = [evaluation.measure(*draw(model, evaluation, steps, guidance, seed, 2, **how)) for seed in range(seeds)]
     print(row(name, figures) + cost, flush=True)
 
 
@@ -112,8 +114,7 @@ def main():
 
     model = hipa.load("emoji")
     evaluation = Evaluation(model, 2)
-    print("| pictures | recognition | Fréchet | edges | all | trained parameters | minutes |")
-    print("|---|---|---|---|---|---|---|")
+    print(HEADER)
     measure("25 steps", evaluation, args.seeds, 25, PRESETS["emoji"]["guidance"])
     measure("plain 1 step", evaluation, args.seeds)
     for runs in (equal_steps, equal_time):

@@ -1,0 +1,124 @@
+"""What else could be trained in the same time: consistency distillation (LCM-LoRA) and plain regression of latents.
+
+    python emoji/peers.py            # goes on where it stopped; half an hour on two cores
+
+All have the same targets, the same adaptors (rank 16 in every layer), batch and optimizer, and as many updates as take
+the time of HiPA's. The columns are those of `evaluate.py`. Two are trained at a time, one thread each.
+"""
+
+import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import hipa  # noqa: E402
+from evaluate import Evaluation  # noqa: E402
+from lora import lora_off  # noqa: E402
+from sample import run, whole  # noqa: E402
+from table import HEADER, ONLY_LATENT, measure, train  # noqa: E402
+from train import PRESETS, Run, seeded  # noqa: E402
+from train import main as train_adaptors  # noqa: E402
+
+# name: (how this file or train.py is to train it, updates, steps that it can draw in)
+PEERS = {
+    "HiPA": ([], 900, [1]),
+    "latents' error only": (ONLY_LATENT, 1640, [1]),
+    "LCM-LoRA, learning rate 4e-3": (["--lr", "4e-3"], 900, [1, 2, 4]),
+    "LCM-LoRA, learning rate 1e-3": (["--lr", "1e-3"], 900, [1, 2, 4]),
+}
+
+
+# ----------------------------------------------------------------------------------------------- latent consistency
+# A consistency model maps every point of a trajectory from noise to picture to its end (Song et al. 2023). Distilled
+# from a guided diffusion model of latents: Luo et al. 2023, arXiv 2310.04378; as adaptors: arXiv 2311.05556. Constants
+# as in their code and diffusers' `LCMScheduler`.
+SKIP = 20  # timesteps between the two points of a trajectory that must agree: one step of DDIM with 50 steps
+SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
+HUBER = 0.001
+
+
+def boundary(timestep):
+    """c_skip and c_out: f(x, t) = c_skip x + c_out x0(x, t), so that f is the identity at t = 0."""
+    scaled = TIMESTEP_SCALING * timestep
+    return SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
+
+
+def consistency(predict_x0, x, timesteps):
+    """f(x (B, 4, h, w), timesteps (B,)): the end of the trajectory through x."""
+    c_skip, c_out = (c[:, None, None, None] for c in boundary(timesteps))
+    return c_skip * x + c_out * predict_x0(x, timesteps)
+
+
+def ddim(schedule, x, x0, start, end):
+    """x at the timesteps `end` of x at `start` and the predicted x0: the same noise, less of it (Song et al. 2020)."""
+    alpha, sigma = schedule.alpha_sigma(start)
+    return schedule.add_noise(x0, end, (x - alpha * x0) / sigma)
+
+
+class LatentConsistency(Run):
+    """`train.Run` with the loss of latent consistency distillation. The pictures are the same targets; noise is new."""
+
+    def loss_of(self, x, timesteps, x0, prompts):
+        schedule, generator = self.model.schedule, seeded("consistency", self.args.seed, self.step)
+        start = SKIP * torch.randint(1, schedule.num_train_timesteps // SKIP + 1, (len(x0),), generator=generator) - 1
+        end = (start - SKIP).clamp(min=0)
+        student = hipa.predictor(self.student, prompts)
+        x_start = schedule.add_noise(x0, start, torch.randn(x0.shape, generator=generator))
+        with torch.no_grad():
+            with lora_off(self.model.unet):  # one guided step of DDIM by the teacher
+                teacher_x0 = hipa.predictor(self.model, prompts, self.args.guidance)(x_start, start)
+            target = consistency(student, ddim(schedule, x_start, teacher_x0, start, end), end)
+        error = consistency(student, x_start, start) - target
+        return {"consistency": ((error.square() + HUBER**2).sqrt() - HUBER).mean()}
+
+
+def sample_consistency(model, prompts, seeds, steps, guidance=1.0):
+    """Multistep consistency sampling: f's picture, noised again to the next timestep, and so on. `guidance` was learned
+    and is not used."""
+    side = model.unet.config.sample_size
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = lambda: torch.cat([torch.randn(1, 4, side, side, generator=g) for g in generators])  # noqa: E731
+    predict_x0 = hipa.predictor(model, prompts)
+    places = range(model.schedule.num_train_timesteps // SKIP, 0, -1)
+    timesteps = [SKIP * places[k * len(places) // steps] - 1 for k in range(steps)]
+    x = noise()
+    for k, t in enumerate(timesteps):
+        x = consistency(predict_x0, x, torch.full((len(x),), t))
+        if k + 1 < steps:
+            x = model.schedule.add_noise(x, timesteps[k + 1], noise())
+    return model.vae.decode(x)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="(%(default)s)")
+    parser.add_argument("--seeds", type=whole(1), default=3, help="of the measured pictures (%(default)s)")
+    parser.add_argument("--jobs", type=whole(1), default=2, help="trained at a time (%(default)s)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        train(args.out, "targets", [], 1)  # which all share
+        tasks = {}
+        for name, (options, updates, _) in PEERS.items():
+            script = Path(__file__) if name.startswith("LCM") else HERE.parent / "train.py"
+            tasks[name] = pool.submit(train, args.out, name, options, updates, script)
+        folders = {name: task.result() for name, task in tasks.items()}
+    evaluation = Evaluation(hipa.load("emoji"), 2)
+    print(HEADER)
+    measure("25 steps", evaluation, args.seeds, 25, PRESETS["emoji"]["guidance"])
+    measure("plain 1 step", evaluation, args.seeds)
+    for name, (_, _, all_steps) in PEERS.items():
+        for steps in all_steps:
+            how = {"sample": sample_consistency} if name.startswith("LCM") else {}
+            title = f"{name}, {steps} step{'s' * (steps > 1)}"
+            measure(title, evaluation, args.seeds, steps, folder=folders[name], **how)
+
+
+if __name__ == "__main__":
+    # With options of train.py, this is what the command above starts to train a consistency model.
+    run((lambda: train_adaptors(LatentConsistency)) if "--data" in sys.argv or "--resume" in sys.argv else main)
