@@ -21,7 +21,7 @@ from evaluate import Evaluation  # noqa: E402
 from lora import lora_off  # noqa: E402
 from sample import run, whole  # noqa: E402
 from table import HEADER, ONLY_LATENT, measure, train  # noqa: E402
-from train import PRESETS, Run, seeded  # noqa: E402
+from train import Run, seeded  # noqa: E402
 from train import main as train_adaptors  # noqa: E402
 
 # name: (how this file or train.py is to train it, updates, steps that it can draw in)
@@ -110,13 +110,11 @@ def main():
         folders = {name: task.result() for name, task in tasks.items()}
     evaluation = Evaluation(hipa.load("emoji"), 2)
     print(HEADER)
-    measure("25 steps", evaluation, args.seeds, 25, PRESETS["emoji"]["guidance"])
-    measure("plain 1 step", evaluation, args.seeds)
     for name, (_, _, all_steps) in PEERS.items():
         for steps in all_steps:
             how = {"sample": sample_consistency} if name.startswith("LCM") else {}
             title = f"{name}, {steps} step{'s' * (steps > 1)}"
-            measure(title, evaluation, args.seeds, steps, folder=folders[name], **how)
+            measure(title, folders[name], evaluation, args.seeds, steps, **how)
 
 
 if __name__ == "__main__":

@@ -24,19 +24,19 @@ import hipa  # noqa: E402
 from evaluate import Evaluation, draw, row  # noqa: E402
 from lora import load_lora  # noqa: E402
 from sample import LORA_NAME, apply_lora, run, whole  # noqa: E402
-from train import PRESETS  # noqa: E402
 
 ONLY_LATENT = [*"--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0".split()]
 VARIANTS = {
     "HiPA": [],
-    "HiPA, another seed": ["--seed", "1"],
+    "HiPA, other first values": ["--seed", "1"],
     "without the Fourier term": ["--fourier", "0"],
     "without the Sobel term": ["--sobel", "0"],
     "without both": ["--fourier", "0", "--sobel", "0"],
+    "both at weight 0.3": ["--fourier", "0.3", "--sobel", "0.3"],
     "without the energy term": ["--energy", "0"],
     "without all three": ["--fourier", "0", "--sobel", "0", "--energy", "0"],
-    "latent error only": ONLY_LATENT,
-    "without the latent error": ["--latent", "0", "--head-start", "0"],
+    "latents' error only": ONLY_LATENT,
+    "without the latents' error": ["--latent", "0", "--head-start", "0"],
     "without the head start": ["--head-start", "0"],
     "LPIPS in DISTS' place": ["--distance", "lpips"],
     "rank 4": ["--rank", "4"],
@@ -80,16 +80,14 @@ def seconds_and_steps(folder):
 
 
 @torch.no_grad()
-def measure(name, evaluation, seeds, steps=1, guidance=1.0, folder=None, **how):
-    """Prints one row under HEADER. `folder`: of the adaptors; `how`: for `draw`."""
-    model, cost = hipa.load("emoji"), "| | |"
-    if folder:
-        count = sum(A.numel() + B.numel() for A, B in load_lora(folder / LORA_NAME, model.unet).values())
-        apply_lora(model, folder / LORA_NAME)
-        seconds, updates = seconds_and_steps(folder)
-        name, cost = f"{name}, {updates:,} updates", f" {count:,} | {seconds / 60:.1f} |"
-    figures = [evaluation.measure(*draw(model, evaluation, steps, guidance, seed, 2, **how)) for seed in range(seeds)]
-    print(row(name, figures) + cost, flush=True)
+def measure(name, folder, evaluation, seeds, steps=1, **how):
+    """Prints one row under HEADER, of the adaptors in `folder`. `how`: for `draw`."""
+    model = hipa.load("emoji")
+    count = sum(A.numel() + B.numel() for A, B in load_lora(folder / LORA_NAME, model.unet).values())
+    apply_lora(model, folder / LORA_NAME)
+    seconds, updates = seconds_and_steps(folder)
+    figures = [evaluation.measure(*draw(model, evaluation, steps, 1.0, seed, 2, **how)) for seed in range(seeds)]
+    print(row(f"{name}, {updates:,} updates", figures) + f" {count:,} | {seconds / 60:.1f} |", flush=True)
 
 
 def main():
@@ -112,14 +110,11 @@ def main():
                 equal_time[name] = pool.submit(train, args.out, name, options, steps)
         equal_time = {name: task.result() for name, task in equal_time.items()}
 
-    model = hipa.load("emoji")
-    evaluation = Evaluation(model, 2)
+    evaluation = Evaluation(hipa.load("emoji"), 2)
     print(HEADER)
-    measure("25 steps", evaluation, args.seeds, 25, PRESETS["emoji"]["guidance"])
-    measure("plain 1 step", evaluation, args.seeds)
     for runs in (equal_steps, equal_time):
         for name, folder in runs.items():
-            measure(name, evaluation, args.seeds, folder=folder)
+            measure(name, folder, evaluation, args.seeds)
 
 
 if __name__ == "__main__":
