@@ -27,9 +27,9 @@ from train import main as train_adaptors  # noqa: E402
 # name: (how this file or train.py is to train it, updates, steps that it can draw in)
 PEERS = {
     "HiPA": ([], 900, [1]),
-    "latents' error only": (ONLY_LATENT, 1640, [1]),
-    "LCM-LoRA, learning rate 4e-3": (["--lr", "4e-3"], 900, [1, 2, 4]),
-    "LCM-LoRA, learning rate 1e-3": (["--lr", "1e-3"], 900, [1, 2, 4]),
+    "latents' error only": (ONLY_LATENT, 1550, [1]),
+    "LCM-LoRA, learning rate 1e-3": (["--lr", "1e-3"], 760, [1, 2, 4]),
+    "LCM-LoRA, learning rate 2e-4": (["--lr", "2e-4"], 760, [1, 2, 4]),
 }
 
 
