@@ -26,12 +26,11 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of attn1 and attn2: 3,319,80
 class Adapted:
     """What adapted layers share. The path through A and B runs beside the layer's own."""
 
-    enabled = True
-
     def adapt(self, A, B):
         """Takes the two factors. A starts random and B at zero, so an adaptor changes nothing until it is trained."""
         nn.init.kaiming_uniform_(A.weight, a=5**0.5)  # as nn.Linear and peft initialise
         nn.init.zeros_(B.weight)
+        self.enabled = True  # of the layer, not the class: torch.compile would take the first change for a new model
         # float32 whatever the base is: half precision would swallow small updates. Cast where they are used.
         self.lora_A, self.lora_B = (factor.to(self.weight.device, torch.float32) for factor in (A, B))
 
@@ -143,11 +142,6 @@ def merge(net, loras, weight=1.0):
         base.data = (base.float() + weight * delta(A, B).to(base.device)).to(base.dtype)
 
 
-def unmerge(net, loras, weight=1.0):
-    """Takes merged adaptors out again, to within rounding."""
-    merge(net, loras, -weight)
-
-
 # --------------------------------------------------------------------------------------------------------------- files
 def save_lora(path, net, metadata=None):
     """Writes the adaptors of `net` for diffusers and this file to read; `metadata` {str: str} goes into the header."""
@@ -177,7 +171,7 @@ def load_lora(path, net):
     """Reads adaptors for `net` from a safetensors file -> {module path: (A, B)}, float32.
 
     The scale alpha / rank is folded into B; it is 1 where the file does not say. Raises ValueError for what is no such
-    file, and if a tensor belongs to no layer of `net`: half applied, adaptors draw what their author never saw.
+    file, and if a tensor belongs to no layer of `net`: applied in part, adaptors would be silently wrong.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -221,14 +215,3 @@ def scale(settings, name, rank, alpha=None):
             alpha = value
     alpha = settings.get("lora_alpha", rank) if alpha is None else alpha
     return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
-
-
-@torch.no_grad()
-def restore(net, loras):
-    """Puts loaded adaptors into `net` as trainable ones, rank for rank. Returns the trainable parameters."""
-    parameters = add_lora(net, targets={path: A.shape[0] for path, (A, _) in loras.items()})
-    for path, (A, B) in loras.items():
-        layer = net.get_submodule(path)
-        layer.lora_A.weight.copy_(A)
-        layer.lora_B.weight.copy_(B)
-    return parameters

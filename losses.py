@@ -76,7 +76,7 @@ class DISTS(nn.Module):
     Per channel of the picture and of five VGG stages it compares the means (texture) and the correlation over all
     positions (structure). alpha and beta weigh them, (3 + channels of all stages,) each; the official ones, made for
     VGG16, are in `losses.safetensors`. Without: every stage counts alike, and texture five times as much as structure
-    (the official sums: seven times); what is compared by structure alone comes out too weak.
+    (the official sums: seven times); weighting structure more gives pale results.
     """
 
     def __init__(self, vgg, alpha=None, beta=None):
@@ -150,7 +150,7 @@ def sobel(x):
 
 
 class HiPALoss(nn.Module):
-    """The paper's adaptation loss: a perceptual distance P of the pictures, and of their high-frequency views,
+    """The paper's adaptation loss: a perceptual distance P of two pictures, and of their high-frequency views,
 
         P(x, y) + fourier * P(H(x), H(y)) + sobel * P(S(x), S(y)),    H = high_pass, S = sobel
 
@@ -159,8 +159,7 @@ class HiPALoss(nn.Module):
 
         energy * (log |H(x)|^2 - log |H(y)|^2)^2
 
-    Where it is not sure of an edge, a network does best by P with a weaker one. This asks for edges as strong as the
-    target's.
+    Under uncertainty P prefers a blurred edge; this term penalises the missing energy.
     """
 
     def __init__(self, distance, spatial=1.0, fourier=1.0, sobel=1.0, energy=0.0, radius=0.25):
@@ -174,13 +173,18 @@ class HiPALoss(nn.Module):
 
         Terms of weight 0 are left out. Gradients flow into `picture`; `target` usually needs none.
         """
+        weights, P = self.weights, self.distance
         x, y = picture.float() / 2 + 0.5, target.float() / 2 + 0.5
-        high = lambda picture: high_pass(picture, self.radius)  # noqa: E731
-        log_energy = lambda picture: (high(picture).square().mean(dim=(1, 2, 3)) + 1e-6).log()  # noqa: E731
-        terms = {
-            "spatial": lambda: self.distance(x, y),
-            "fourier": lambda: self.distance(high(x) + 0.5, high(y) + 0.5),
-            "sobel": lambda: self.distance(sobel(x), sobel(y)),
-            "energy": lambda: (log_energy(x) - log_energy(y)).square(),
-        }
-        return {name: weight * terms[name]().mean() for name, weight in self.weights.items() if weight}
+        terms = {}
+        if weights["spatial"]:
+            terms["spatial"] = P(x, y)
+        if weights["fourier"] or weights["energy"]:
+            high_x, high_y = high_pass(x, self.radius), high_pass(y, self.radius)
+        if weights["fourier"]:
+            terms["fourier"] = P(high_x + 0.5, high_y + 0.5)
+        if weights["sobel"]:
+            terms["sobel"] = P(sobel(x), sobel(y))
+        if weights["energy"]:
+            energy_x, energy_y = (high.square().mean(dim=(1, 2, 3)) + 1e-6 for high in (high_x, high_y))
+            terms["energy"] = (energy_x.log() - energy_y.log()).square()
+        return {name: weights[name] * term.mean() for name, term in terms.items()}

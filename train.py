@@ -1,18 +1,18 @@
 """Trains the adaptors: prompts -> the teacher's pictures -> a single step that draws them.
 
     python train.py --data emoji                     # the embedded model; minutes on two CPU cores
+    python train.py --data emoji --paper             # with the losses of the paper's abstract, and nothing else
     python train.py --data coco                      # Stable Diffusion 2.1-base, captions of COCO 2017; a GPU
     python train.py --data prompts.txt --model sd15  # your own prompts, one a line, or COCO captions (.json)
-    python train.py --out runs/emoji --resume        # goes on with what was interrupted
+    python train.py --out runs/emoji --resume        # continues an interrupted run
     torchrun --nproc_per_node 8 train.py --data coco --batch 64
 
-Stage one: the frozen model draws every (prompt, seed) pair in many guided steps; the resulting latent is kept. The
-noise it began with is not kept, its seed is. And from another picture, or this one blurred, with noise as at some
-t < 999, the model draws on too: that is where editing, inpainting and super-resolution begin.
-Stage two: the same network, with adaptors, draws each pair's picture in one step; HiPALoss compares the two.
+Stage one: the frozen model draws every (prompt, seed) pair in many guided steps; its latents are the targets.
+Stage two: the same network, with adaptors, draws each pair in one step; `hipa.adaptation_loss` compares the two.
 
-Everything random in step k is drawn from a generator seeded by k. So a run that was interrupted goes on bitwise as if
-it had not been, and N processes draw what one would.
+Everything random in a pair or a step is drawn from a generator seeded by its number. So on a CPU an interrupted run
+continues bitwise as if it had not been interrupted, and N processes draw what one would. (Some CUDA kernels are not
+deterministic.) Several nodes need a file system that they share.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -48,76 +47,88 @@ import vae
 from hipa import UserError
 from lora import ATTENTION, adapted, add_lora, lora_off, save_atomically, save_lora
 from losses import DISTS, LPIPS, VGG, HiPALoss, VGGConfig
-from sample import LORA_NAME, choose_device, grid, number, read_prompts, run, to_pil, whole, writable
+from sample import LORA_NAME, choose_device, integer, number, read_prompts, run, writable
 
 HERE = Path(__file__).resolve().parent
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
-# What goes with the short names of --data. "emoji" was measured (see the README); "coco" is the paper's 3.3 million
-# parameters, and for the rest a guess until somebody measures it. Other data: as coco.
+# What goes with the short names of --data. "emoji" was measured (see the README); "coco" has the paper's 3.3 million
+# parameters, the rest is a starting point that nobody has measured yet. Other data: as coco.
 PRESETS = {
     "emoji": {
-        "model": "emoji", "pairs": 704, "guidance": 2.0, "teacher_steps": 10,
+        "model": "emoji", "pairs": 1024, "guidance": 2.0, "teacher_steps": 10, "teacher_batch": 16,
         "steps": 900, "batch": 8, "lr": 4e-3, "layers": "all",
     },
     "coco": {
-        "model": "sd21", "pairs": 100_000, "guidance": 3.0, "teacher_steps": 25,
+        "model": "sd21", "pairs": 100_000, "guidance": 3.0, "teacher_steps": 25, "teacher_batch": 16,
         "steps": 12_500, "batch": 8, "lr": 2e-4, "layers": "attention",
     },
 }  # fmt: skip
-# Weights of the loss's terms, as measured.
-WEIGHTS = {"spatial": 1.0, "fourier": 3.0, "sobel": 1.0, "energy": 0.2, "latent": 2.0}
+WEIGHTS = {"spatial": 1.0, "fourier": 3.0, "sobel": 1.0, "energy": 0.2, "latent": 2.0}  # of the loss's terms, measured
+PAPER = {"energy": 0.0, "latent": 0.0, "head_start": 0.0, "later": 0.0}  # what this project added to the paper's loss
+WITHOUT_GPU = """--data coco wants a GPU: 6 GB of downloads, then 4 EFLOP for the teacher's pictures and 0.6 for the \
+adaptors: 5 to 9 hours of an H100, a year of this machine. --device cpu starts it all the same; --data emoji trains in \
+minutes"""
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
-def preset(name):
-    """The presets' values of an option, for its help."""
-    return "(" + ", ".join(f"{data}: {values[name]}" for data, values in PRESETS.items()) + ")"
-
-
 def parse_args(argv=None):
+    def preset(name):
+        return "(" + ", ".join(f"{data}: {values[name]}" for data, values in PRESETS.items()) + ")"
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help shows all options)\n")
     add = parser.add_argument
     add("--data", help="emoji, coco (downloads 253 MB once), or a file of prompts")
     add("--model", help=f"a folder, a Hugging Face id, or a short name, as for sample.py {preset('model')}")
     add("--out", type=Path, help="folder of this run (runs/<data>)")
-    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--paper", action="store_true", help="only the paper's losses: no energy or latent term, all pairs from noise")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(%(default)s)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the frozen networks; the adaptors are float32 (auto: bfloat16 on cuda, else float32)")  # fmt: skip
-    group = parser.add_argument_group("stage one: the teacher's pictures")
-    add = group.add_argument
-    add("--pairs", type=whole(1), help=f"(prompt, seed) pairs; prompts repeat if there are fewer {preset('pairs')}")
+    add = parser.add_argument_group("stage one: the teacher's pictures").add_argument
+    add("--pairs", type=integer(1), help=f"(prompt, seed) pairs; prompts repeat if there are fewer {preset('pairs')}")
+    add("--later", type=number, default=0.2, help="share of pairs that begin at t < 999 (%(default)s)")
     add("--guidance", type=number, help=f"of the teacher {preset('guidance')}")
-    add("--teacher-steps", type=whole(1, 1000), metavar="STEPS",
-        help=f"that the teacher takes to a picture {preset('teacher_steps')}")  # fmt: skip
+    add("--teacher-steps", type=integer(1, 1000), metavar="STEPS", help=f"per picture {preset('teacher_steps')}")
+    add("--teacher-batch", type=integer(1), metavar="N", help=f"pictures at a time {preset('teacher_batch')}")
     add("--targets", type=Path, metavar="FOLDER", help="where they are kept; runs can share them (<out>/targets)")
-    group = parser.add_argument_group("stage two: the adaptors")
-    add = group.add_argument
-    add("--steps", type=whole(1), help=f"updates {preset('steps')}")
-    add("--batch", type=whole(1), help=f"pairs per update, over all processes {preset('batch')}")
-    add("--accumulate", type=whole(1), default=1, help="parts that a process takes its share in (%(default)s)")
+    add = parser.add_argument_group("stage two: the adaptors").add_argument
+    add("--steps", type=integer(1), help=f"updates {preset('steps')}")
+    add("--batch", type=integer(1), help=f"pairs per update, over all processes {preset('batch')}")
+    add("--accumulate", type=integer(1), default=1, help="parts that a process takes its share in (%(default)s)")
     add("--lr", type=number, help=f"learning rate {preset('lr')}")
-    add("--rank", type=whole(1), default=16, help="of the adaptors (%(default)s)")
+    add("--rank", type=integer(1), default=16, help="of the adaptors (%(default)s)")
     add("--layers", choices=["attention", "all"],
         help=f"attention: to_q, to_k, to_v, to_out; all: every linear or convolution {preset('layers')}")  # fmt: skip
-    add("--later", type=number, default=0.2, help="share of pictures begun at t < 999 (%(default)s)")
     add("--distance", choices=["dists", "lpips"], default="dists", help="between pictures (%(default)s)")
     for name, weight in WEIGHTS.items():
         add(f"--{name}", type=number, default=weight, metavar="WEIGHT", help="of this term of the loss (%(default)s)")
     add("--head-start", type=number, default=0.5, metavar="SHARE",
         help="of the steps: trained on the latents' squared error alone, which is cheap (%(default)s)")  # fmt: skip
     add("--radius", type=number, default=0.25, help="of the Fourier disc, fraction of Nyquist (%(default)s)")
-    add("--seed", type=whole(0, 2**31 - 1), default=0, help="first values of adaptors, order of pairs (%(default)s)")
-    add("--save-every", type=whole(1), default=250, metavar="STEPS", help="state and a sample grid (%(default)s)")
+    add("--seed", type=integer(0, 2**31 - 1), default=0, help="first values of adaptors, order of pairs (%(default)s)")
+    add("--save-every", type=integer(1), default=250, metavar="STEPS", help="state and a sample grid (%(default)s)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda)")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
     args = parser.parse_args(argv)
 
     if args.resume:
-        args = resumed(parser, args, argv)
-    elif not args.data:
+        try:
+            begun = json.loads((args.out / "settings.json").read_text("utf-8"))
+            begun["targets"] = Path(begun["targets"])
+        except (OSError, ValueError, KeyError, TypeError):
+            parser.error(f"--out {args.out} is no folder of a run, which --resume needs")
+        parser.set_defaults(**begun)
+        args = parser.parse_args(argv)
+        for name, value in begun.items():
+            if name not in FREE and getattr(args, name) != value:
+                parser.error(f"the run in {args.out} was begun with --{name.replace('_', '-')} {value}")
+    elif args.paper:
+        parser.set_defaults(**PAPER)
+        args = parser.parse_args(argv)
+    if not args.data:
         parser.error("--data is missing: emoji, coco, or a file of prompts")
     for name, value in PRESETS.get(args.data, PRESETS["coco"]).items():
         if getattr(args, name) is None:
@@ -130,29 +141,13 @@ def parse_args(argv=None):
         parser.error("--later and --head-start are shares, from 0 to 1")
     if not any(getattr(args, name) for name in WEIGHTS):
         parser.error("all terms of the loss have weight 0")
+    if args.data == "coco" and args.device == "auto" and choose_device("auto") == "cpu":
+        parser.error(WITHOUT_GPU)
     return args
 
 
-# What does not change the result, so that a run can go on with another.
-FREE = {"resume", "out", "device", "compile", "checkpointing", "accumulate", "targets"}
-
-
-def resumed(parser, args, argv):
-    """The settings of the run in args.out. What is said anew must agree with them."""
-    if not args.out:
-        parser.error("--resume needs --out, the folder of the run to go on with")
-    path = args.out / "settings.json"
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-        settings["targets"] = Path(settings["targets"])
-    except (OSError, ValueError, KeyError, TypeError):
-        parser.error(f"{args.out} holds no run to go on with")
-    parser.set_defaults(**settings)
-    args = parser.parse_args(argv)
-    for name, value in settings.items():
-        if name not in FREE and getattr(args, name) != value:
-            parser.error(f"the run in {args.out} was begun with --{name.replace('_', '-')} {value}")
-    return args
+# What does not change the result, so that a run can continue with another value.
+FREE = {"resume", "out", "device", "compile", "checkpointing", "accumulate", "targets", "teacher_batch"}
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
@@ -161,41 +156,20 @@ COCO_SHA256 = "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"
 
 
 def find_prompts(data):
-    """The prompts that --data names, shuffled, always in the same way. Raises UserError."""
+    """The prompts that --data names, shuffled, always in the same way. Downloads COCO's captions once."""
     path = HERE / "emoji" / "captions.txt" if data == "emoji" else Path(data)
     if data == "coco":
         path = Path(torch.hub.get_dir()) / "coco" / "captions_train2017.json"
-        if not path.exists() and not RANK:
-            download_coco(path)
-        barrier()
+        if not path.exists():
+            archive = path.with_suffix(".zip")
+            hipa.fetch(COCO, archive, COCO_SHA256)
+            with zipfile.ZipFile(archive) as file:
+                path.with_suffix(".part").write_bytes(file.read("annotations/captions_train2017.json"))
+            path.with_suffix(".part").replace(path)
+            archive.unlink()
     prompts = read_prompts(path)
     random.Random(0).shuffle(prompts)
     return prompts
-
-
-def download_coco(path):
-    """Fetches the annotations' archive and takes the training captions out of it."""
-    url, digest = os.environ.get("HIPA_COCO_URL", COCO), os.environ.get("HIPA_COCO_SHA256", COCO_SHA256)
-    archive = path.with_suffix(".zip")
-    fetch_file(url, archive, digest)
-    try:
-        with zipfile.ZipFile(archive) as file:
-            part = path.with_suffix(".part")
-            part.write_bytes(file.read("annotations/captions_train2017.json"))
-            part.replace(path)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{url} is not the archive of COCO's annotations: {error}") from None
-    finally:
-        archive.unlink()
-
-
-def fetch_file(url, path, digest):
-    """Downloads `url` to `path`, which appears only once its sha256 is `digest`. Raises UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, path, hash_prefix=digest)
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:  # no network; another sha256
-        raise UserError(f"cannot download {url}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------- stage one: the teacher's targets
@@ -204,26 +178,42 @@ FIRST_SEED = 10**9  # of the pairs' noise: no picture that a user draws later be
 HELD_OUT = 8  # further pairs, never trained on, for the sample grids
 
 
-class Targets:
-    """What the teacher draws: pair k is prompt k (in a circle) and the noise of seed FIRST_SEED + k.
+def seeded(*key):
+    """A generator for `key`. torch's on the CPU looks at the lowest 32 bits of its seed only, so they are mixed."""
+    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
 
-    Kept as safetensors shards in a folder, so that memory stays constant: `x0` (n, 4, h, w), what the noise becomes;
-    `x` (n, 4, h, w) at the timesteps `t` (n), where a picture begins later than with noise, and `x0_later`, what that
-    becomes. Half precision, far finer than the teacher's own error.
+
+class Targets:
+    """Pair k: a prompt, where the student begins, and x0, what the teacher makes of that.
+
+    Most pairs begin with the noise of seed FIRST_SEED + k. A share `later` begins at some t < 999, as editing and
+    super-resolution do: with noise added to the picture of an earlier pair, or to that picture blurred, which keeps its
+    prompt. Kept as safetensors shards, so that memory stays constant: `x0` (n, 4, h, w), timesteps `t` (n), and `x`
+    (m, 4, h, w), where those with t < 999 begin. Half precision, far finer than the teacher's own error.
     """
 
-    def __init__(self, folder, prompts, last):
-        """`last`: the timestep of pure noise, 999."""
-        self.folder, self.prompts, self.last = folder, prompts, last
+    def __init__(self, folder, prompts, pairs, later, schedule):
+        self.folder, self.prompts, self.pairs, self.later = folder, prompts, pairs, later
+        self.schedule, self.last = schedule, schedule.num_train_timesteps - 1
+        self.shards = [range(i, min(i + SHARD, pairs + HELD_OUT)) for i in range(0, pairs + HELD_OUT, SHARD)]
+
+    def plan(self, k):
+        """Pair k -> (the earlier pair whose picture it begins with, or None; whether that is blurred; its timestep)"""
+        share, blurred, t = torch.rand(3, generator=seeded("pair", k)).tolist()
+        if k % SHARD == 0 or k >= self.pairs or share >= self.later:
+            return None, False, self.last
+        source = next(j for j in range(k - 1, -1, -1) if self.plan(j)[0] is None)
+        return source, blurred < 0.5, int(self.last * (0.2 + 0.8 * t))
 
     def prompt(self, k):
-        return self.prompts[k % len(self.prompts)]
+        source, blurred, _ = self.plan(k)
+        return self.prompts[(source if blurred else k) % len(self.prompts)]
 
-    def path(self, shard):
-        return self.folder / f"{shard:06d}.safetensors"
+    def path(self, k):
+        return self.folder / f"{k // SHARD:06d}.safetensors"
 
     def check(self, **settings):
-        """Compares with what made the targets that are there already, or writes it down. Raises UserError."""
+        """Refuses targets made with other settings, or writes down what these are made with. Raises UserError."""
         writable(self.folder)
         path = self.folder / "settings.json"
         settings["prompts"] = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
@@ -234,66 +224,66 @@ class Targets:
                 raise UserError(f"{self.folder} holds targets made with another {wrong[0]}: name another --targets")
         path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
-    def make(self, model, pairs, steps, guidance, batch, interrupted):
-        """Draws what is missing of pairs 0 ... `pairs` + HELD_OUT, this process every WORLD-th shard."""
-        total = pairs + HELD_OUT
-        shards = range(-(-total // SHARD))
-        with tqdm(total=total, desc="teacher", unit="picture", disable=RANK > 0) as bar:
-            for shard in shards:
-                indices = range(shard * SHARD, min((shard + 1) * SHARD, total))
-                if shard % WORLD == RANK and self.count(shard) < len(indices):
-                    parts = []
-                    for i in range(0, len(indices), batch):
-                        parts.append(self.draw(model, indices[i : i + batch], steps, guidance))
-                        bar.update(len(parts[-1]["x0"]) * (WORLD if RANK == 0 else 1))
-                        interrupted()
-                    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-                    save_atomically(tensors, self.path(shard))
-                elif shard % WORLD == RANK:
-                    bar.update(len(indices) * WORLD)
+    def missing(self):
+        """The shards still to be drawn, ranges of pairs; this process draws every WORLD-th."""
+        shards = []
+        for indices in self.shards[RANK::WORLD]:
+            if self.path(indices[0]).exists():
+                with safe_open(self.path(indices[0]), "pt") as file:
+                    if file.get_slice("x0").get_shape()[0] >= len(indices):
+                        continue
+            shards.append(indices)
+        return shards
+
+    def make(self, model, steps, guidance, batch):
+        """Stage one: draws what is missing."""
+        shards = self.missing()
+        with tqdm(total=sum(map(len, shards)), desc="teacher", unit="picture", disable=RANK > 0) as bar:
+            for indices in shards:
+                tensors = self.draw(model, indices, steps, guidance, batch, bar.update)
+                save_atomically(tensors, self.path(indices[0]))
         barrier()
 
-    def count(self, shard):
-        """How many pairs the shard's file holds."""
-        if not self.path(shard).exists():
-            return 0
-        with safe_open(self.path(shard), "pt") as file:
-            return file.get_slice("x0").get_shape()[0]
-
     @torch.no_grad()
-    def draw(self, model, indices, steps, guidance):
-        """What becomes of some pairs: a dict of tensors as in the shards, on the CPU."""
-        config, schedule, generator = model.unet.config, model.schedule, seeded("later", indices[0])
-        seeds, side = [FIRST_SEED + k for k in indices], config.sample_size
-        noise = hipa.noise(seeds, config.in_channels, side, side)
-        predict_x0 = hipa.predictor(model, [self.prompt(k) for k in indices], guidance)
-        x0 = hipa.dpm_solver(predict_x0, noise.to(model.device), schedule, steps)
-        # Every second pair begins later with another's picture, as editing does; the others with their own, blurred.
-        pictures = model.vae.decode(x0.to(model.dtype)).float()
-        small = F.interpolate(pictures, scale_factor=1 / 4, mode="bicubic", antialias=True)
-        blurred = F.interpolate(small, size=pictures.shape[2:], mode="bicubic")
-        odd = torch.tensor([k % 2 for k in indices], device=model.device).bool()[:, None, None, None]
-        source = model.vae.encode(torch.where(odd, pictures.roll(1, 0), blurred).to(model.dtype)).float()
-        t = torch.randint(self.last // 5, self.last, (), generator=generator).item()
-        x = schedule.add_noise(source, t, torch.randn(noise.shape, generator=generator).to(model.device))
-        x0_later = hipa.dpm_solver(predict_x0, x, schedule, max(1, round(steps * t / self.last)), first=t)
-        drawn = {"x0": x0, "x": x, "x0_later": x0_later}
-        if not all(torch.isfinite(x).all() for x in drawn.values()):
-            raise UserError("the teacher's latents are not finite (NaN or inf): try --dtype float32")
-        return {key: x.half().cpu() for key, x in drawn.items()} | {"t": torch.full((len(indices),), t)}
-
-    def batch(self, chosen):
-        """[(pair, whether it begins later)] -> x (B, 4, h, w), timesteps (B,), x0 (B, 4, h, w), prompts"""
-        rows = []
-        for k, later in chosen:
-            with safe_open(self.path(k // SHARD), "pt") as file:
-                tensor = lambda key: file.get_slice(key)[k % SHARD]  # noqa: B023, E731
+    def draw(self, model, indices, steps, guidance, batch, progress=int):
+        """The tensors of a shard: first the pairs that begin with noise, then those that begin with their pictures."""
+        config, first, side = model.unet.config, indices[0], model.unet.config.sample_size
+        noise = hipa.noise([FIRST_SEED + k for k in indices], config.in_channels, side, side)
+        t = torch.tensor([self.plan(k)[2] for k in indices])
+        x, x0 = noise.clone(), torch.empty_like(noise)
+        for later in (False, True):
+            chosen = [k for k in indices if (self.plan(k)[0] is not None) == later]
+            for part in (chosen[i : i + batch] for i in range(0, len(chosen), batch)):
+                rows = torch.tensor(part) - first
                 if later:
-                    rows.append((tensor("x").float(), tensor("t"), tensor("x0_later").float()))
+                    sources, blurred, _ = zip(*map(self.plan, part))
+                    pictures = model.decode(x0[torch.tensor(sources) - first].to(model.device))
+                    small = F.interpolate(pictures, scale_factor=1 / 4, mode="bicubic", antialias=True)
+                    blurry = hipa.resize(small, pictures.shape[2:])
+                    blurred = torch.tensor(blurred, device=model.device)[:, None, None, None]
+                    source = model.encode(torch.where(blurred, blurry, pictures)).cpu()
+                    x[rows] = self.schedule.add_noise(source, t[rows], noise[rows])
+                prompts, begin = [self.prompt(k) for k in part], t[rows] if later else None
+                x0[rows] = hipa.teacher(model, prompts, x[rows].to(model.device), steps, guidance, begin).cpu()
+                progress(len(part))
+                if INTERRUPTED.is_set:
+                    stop(f"{self.folder}: interrupted")
+        if not torch.isfinite(x0).all():
+            raise UserError("the teacher's latents are not finite (NaN or inf): try --dtype float32")
+        return {"x0": x0.half(), "t": t, "x": x[t < self.last].half()}
+
+    def batch(self, pairs):
+        """Pairs (B ints) -> x (B, 4, h, w), timesteps (B,), x0 (B, 4, h, w), prompts"""
+        rows = []
+        for k in pairs:
+            with safe_open(self.path(k), "pt") as file:
+                x0, t, row = file.get_slice("x0")[k % SHARD].float(), file.get_tensor("t"), k % SHARD
+                if t[row] < self.last:
+                    x = file.get_slice("x")[int((t[:row] < self.last).sum())].float()
                 else:
-                    x0 = tensor("x0").float()
-                    rows.append((hipa.noise([FIRST_SEED + k], *x0.shape)[0], torch.tensor(self.last), x0))
-        return *(torch.stack(column) for column in zip(*rows)), [self.prompt(k) for k, _ in chosen]
+                    x = hipa.noise([FIRST_SEED + k], *x0.shape)[0]
+            rows.append((x, t[row], x0))
+        return *(torch.stack(column) for column in zip(*rows)), [self.prompt(k) for k in pairs]
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -309,9 +299,7 @@ def load_distance(kind, checkpoint):
         weights = hipa.read_weights(path)
     else:
         vgg, path = VGG(), Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16).name
-        if not RANK and not path.exists():
-            fetch_file(VGG16, path, VGG16_SHA256)
-        barrier()
+        hipa.fetch(VGG16, path, VGG16_SHA256)
         if hipa.sha256(path) != VGG16_SHA256:
             raise UserError(f"{path} is not the official file: delete it, and it is downloaded again")
         # A pickle, but a known one, and read as tensors only.
@@ -323,15 +311,15 @@ def load_distance(kind, checkpoint):
     return DISTS(vgg, learned.get("dists.alpha"), learned.get("dists.beta"))
 
 
-def checkpoint_activations(*nets):
-    """Makes the networks' blocks recompute their activations in the backward pass instead of keeping them."""
-    for net in nets:
-        for block in net.modules():
-            if isinstance(block, (unet.ResnetBlock, unet.Transformer2D, vae.ResnetBlock)):
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+def checkpoint_activations(model, distance):
+    """Makes blocks, and each distance, recompute their activations in the backward pass instead of keeping them."""
+    blocks = (unet.ResnetBlock, unet.Transformer2D, vae.ResnetBlock)
+    modules = [*model.unet.modules(), *model.vae.decoder.modules()]
+    for block in [distance, *(module for module in modules if isinstance(module, blocks))]:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------ stage two: the adaptors
 def schedule_of_lr(step, steps):
     """Share of the full learning rate at a step: up along a line over the first 5 %, then down along a cosine."""
     warm = max(1, steps // 20)
@@ -341,22 +329,14 @@ def schedule_of_lr(step, steps):
 
 
 def pairs_of_step(step, args):
-    """(pair, whether it begins later) for every picture of a step: pairs in shuffled order, each once per round."""
-    generator = seeded("step", args.seed, step)
-    later = torch.rand(args.batch, generator=generator) < args.later
-    places = range(step * args.batch, (step + 1) * args.batch)
-    pairs = [shuffled(args.pairs, args.seed, place // args.pairs)[place % args.pairs] for place in places]
-    return list(zip(pairs, later.tolist()))
+    """The pairs of a step: all pairs in shuffled order, each once per epoch."""
+    positions = range(step * args.batch, (step + 1) * args.batch)
+    return [shuffled(args.pairs, args.seed, position // args.pairs)[position % args.pairs] for position in positions]
 
 
 @functools.lru_cache(maxsize=2)
-def shuffled(n, seed, turn):
-    return torch.randperm(n, generator=seeded("round", seed, turn)).tolist()
-
-
-def seeded(*key):
-    """A generator for `key`. torch's on the CPU looks at the lowest 32 bits of its seed only, so they are mixed."""
-    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32))
+def shuffled(n, seed, epoch):
+    return torch.randperm(n, generator=seeded("epoch", seed, epoch)).tolist()
 
 
 class Run:
@@ -374,76 +354,95 @@ class Run:
         if WORLD > 1:  # gradients are averaged as they pass through the wrapper
             self.student = dataclasses.replace(model, unet=DistributedDataParallel(model.unet))
 
-    def loss_of(self, x, timesteps, x0, prompts):
-        """One step of the student from x at its timesteps -> {term: scalar}; the sum of the terms is the loss."""
-        predicted = hipa.predictor(self.student, prompts)(x, timesteps)
-        terms, head_start = {}, self.step < self.args.head_start * self.args.steps
-        if self.args.latent or head_start:
-            terms["latent"] = (self.args.latent or 1) * F.mse_loss(predicted, x0)
-        if any(self.loss.weights.values()) and not head_start:
-            decode = lambda latent: self.model.vae.decode(latent.to(self.model.dtype)).float()  # noqa: E731
-            with torch.no_grad():
-                target = decode(x0)
-            terms |= self.loss(decode(predicted), target)
-        return terms
+    def train(self):
+        """The loop: every update, and what is written and shown in between."""
+        args, average = self.args, None
+        with tqdm(total=args.steps, initial=self.step, desc="adaptors", unit="step", disable=RANK > 0) as bar:
+            while self.step < args.steps:
+                row = self.update()
+                average = row["loss"] if average is None else 0.95 * average + 0.05 * row["loss"]
+                bar.update()
+                bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+                interrupted = row.pop("interrupted")
+                if interrupted or self.step == args.steps or self.step % args.save_every == 0:
+                    self.save()
+                    if interrupted:
+                        stop(f"{args.out}: saved at step {self.step}")
+                    self.draw_samples()
 
     def update(self):
-        """One update of the adaptors. Returns what log.csv says of it."""
-        args, device, start = self.args, self.model.device, time.perf_counter()
-        chosen = pairs_of_step(self.step, args)[RANK::WORLD]
-        size = len(chosen) // args.accumulate
-        total = {}
-        for i in range(0, len(chosen), size):
-            x, timesteps, x0, prompts = self.targets.batch(chosen[i : i + size])
-            last = i + size == len(chosen)  # only then must the processes meet
-            with contextlib.nullcontext() if last or WORLD == 1 else self.student.unet.no_sync():
-                terms = self.loss_of(x.to(device), timesteps.to(device), x0.to(device), prompts)
-                (sum(terms.values()) / args.accumulate).backward()
-            for name, value in terms.items():
-                total[name] = total.get(name, 0) + value.detach() / args.accumulate
-        mean = torch.stack([*total.values(), torch.zeros((), device=device)])
-        mean[-1] = INTERRUPTED.is_set
-        if WORLD > 1:
-            dist.all_reduce(mean)
-            mean /= WORLD
-        *values, interrupted = mean.tolist()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).item()
-        if not math.isfinite(sum(values) + norm):
-            words = "; ".join(self.targets.prompt(k) for k, _ in chosen)
-            what = f"the loss is {sum(values)} and its gradient {norm} at step {self.step}"
-            raise UserError(f"{what}, prompts: {words}. What was saved before is kept; try a lower --lr")
+        """One update of the adaptors. Returns the row for log.csv."""
+        args, start = self.args, time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * schedule_of_lr(self.step, args.steps)
+        pairs = pairs_of_step(self.step, args)[RANK::WORLD]
+        terms = self.backward(pairs, head_start=self.step < args.head_start * args.steps)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).item()
+        loss, interrupted = sum(terms.values()) - terms["interrupted"], terms.pop("interrupted")
+        if not math.isfinite(loss + norm):
+            words = "; ".join(self.targets.prompt(k) for k in pairs)
+            what = f"the loss is {loss} and its gradient {norm} at step {self.step}"
+            raise UserError(f"{what}, prompts: {words}. What was saved before is kept; try a lower --lr")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         self.seconds += time.perf_counter() - start
-        row = {"step": self.step, "loss": sum(values), **dict(zip(total, values)), "gradient": norm}
-        self.rows.append({**row, "lr": group["lr"], "seconds": self.seconds})
-        return row, bool(interrupted)
+        row = {"step": self.step, "loss": loss, **terms, "gradient": norm, "lr": group["lr"], "seconds": self.seconds}
+        self.rows.append(row)
+        return {**row, "interrupted": interrupted}
+
+    def backward(self, pairs, head_start):
+        """Gradients of the mean loss of `pairs`, this process's share. Returns the mean of each term over all."""
+        device, total = self.model.device, {}
+        size = len(pairs) // self.args.accumulate
+        for i in range(0, len(pairs), size):
+            x, timesteps, x0, prompts = self.targets.batch(pairs[i : i + size])
+            last = i + size == len(pairs)  # only then must the processes meet
+            with contextlib.nullcontext() if last or WORLD == 1 else self.student.unet.no_sync():
+                terms = self.loss_of(x.to(device), timesteps.to(device), x0.to(device), prompts, head_start)
+                (sum(terms.values()) / self.args.accumulate).backward()
+            for name, value in terms.items():
+                total[name] = total.get(name, 0) + value.detach() / self.args.accumulate
+        total["interrupted"] = torch.tensor(float(INTERRUPTED.is_set), device=device)
+        mean = torch.stack(list(total.values()))
+        if WORLD > 1:
+            dist.all_reduce(mean)
+        return dict(zip(total, (mean / WORLD).tolist()))
+
+    def loss_of(self, x, timesteps, x0, prompts, head_start):
+        """One step of the student from x at its timesteps -> {term: scalar}; the sum of the terms is the loss."""
+        predicted = hipa.student(self.student, prompts, x, timesteps)
+        terms = {}
+        if self.args.latent or head_start:
+            terms["latent"] = (self.args.latent or 1) * F.mse_loss(predicted, x0)
+        if any(self.loss.weights.values()) and not head_start:
+            terms |= hipa.adaptation_loss(self.model, self.loss, predicted, x0)
+        return terms
 
     # ------------------------------------------------------------------------------------------------- what is kept
     def save(self):
-        """Writes the adaptors, the state that --resume goes on from, and the log."""
+        """Writes the adaptors, the log, and the state that --resume reads."""
         if RANK:
             return
-        tensors = {}
+        args, tensors = self.args, {}
         for name, parameter in self.named_parameters.items():
             state = self.optimizer.state[parameter]
-            tensors[name] = parameter
-            tensors |= {f"{name}.{moment}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
-        args = self.args
-        made = {"base_model": args.model, "rank": args.rank, "step": self.step}
-        save_lora(args.out / LORA_NAME, self.model.unet, {key: str(value) for key, value in made.items()})
-        self.write_log()
-        # Last, for it is what --resume believes.
-        save_atomically(
-            tensors, args.out / "state.safetensors", {"step": str(self.step), "seconds": repr(self.seconds)}
-        )
+            tensors |= {name: parameter, **{f"{name}.{m}": state[m] for m in ("exp_avg", "exp_avg_sq")}}
+        made = {"base_model": args.model, "rank": str(args.rank), "step": str(self.step)}
+        save_lora(args.out / LORA_NAME, self.model.unet, made)
+        part = args.out / "log.part"
+        with open(part, "w", newline="") as file:
+            columns = {column: None for row in (self.rows[0], self.rows[-1]) for column in row}
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        part.replace(args.out / "log.csv")
+        state = {"step": str(self.step), "seconds": repr(self.seconds)}
+        save_atomically(tensors, args.out / "state.safetensors", state)  # last, for it is what --resume believes
 
     def resume(self):
-        """Takes up the state that is kept in the run's folder, if there is one."""
-        path = self.args.out / "state.safetensors"
+        """Takes up the state that is kept in the run's folder, if there is one. Later rows of the log are dropped."""
+        path, log = self.args.out / "state.safetensors", self.args.out / "log.csv"
         if not path.exists():
             return
         with safe_open(path, "pt") as file:
@@ -452,54 +451,65 @@ class Run:
                 parameter.data.copy_(file.get_tensor(name))
                 moments = {m: file.get_tensor(f"{name}.{m}").to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
-        log = self.args.out / "log.csv"
         if log.exists():
             with open(log, newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
-
-    def write_log(self):
-        """All steps so far, anew each time, atomically. Steps that the state does not have are dropped by resume()."""
-        part = self.args.out / "log.part"
-        with open(part, "w", newline="") as file:
-            columns = {column: None for row in (self.rows[0], self.rows[-1]) for column in row}
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        part.replace(self.args.out / "log.csv")
 
     @torch.no_grad()
     def draw_samples(self):
         """A grid of pairs never trained on. Rows: plain one step, one step with the adaptors, the teacher."""
         if RANK:
             return
-        indices = range(self.args.pairs, self.args.pairs + HELD_OUT)
-        *_, x0, prompts = self.targets.batch([(k, False) for k in indices])
-        seeds = [FIRST_SEED + k for k in indices]
+        pairs = range(self.args.pairs, self.args.pairs + HELD_OUT)
+        *_, x0, prompts = self.targets.batch(pairs)
+        seeds = [FIRST_SEED + k for k in pairs]
         with lora_off(self.model.unet):
             rows = [hipa.sample(self.model, prompts, seeds, steps=1)]
         rows.append(hipa.sample(self.model, prompts, seeds, steps=1))
-        rows.append(self.model.vae.decode(x0.to(self.model.device, self.model.dtype)).float())
+        rows.append(self.model.decode(x0.to(self.model.device)))
         folder = self.args.out / "samples"
         folder.mkdir(exist_ok=True)
-        sheet = grid([picture for row in rows for picture in to_pil(row)], columns=HELD_OUT)
+        sheet = vae.grid([picture for row in rows for picture in vae.to_pil(row)], columns=HELD_OUT)
         sheet.save(folder / f"{self.step:06d}.png")
 
-    def train(self):
-        args = self.args
-        average = None
-        with tqdm(total=args.steps, initial=self.step, desc="adaptors", unit="step", disable=RANK > 0) as bar:
-            while self.step < args.steps:
-                row, interrupted = self.update()
-                average = row["loss"] if average is None else 0.95 * average + 0.05 * row["loss"]
-                bar.update()
-                bar.set_postfix(loss=f"{average:.4f}", refresh=False)
-                done = self.step == args.steps
-                if done or interrupted or self.step % args.save_every == 0:
-                    self.save()
-                    if not interrupted:
-                        self.draw_samples()
-                if interrupted:
-                    stop(f"{args.out}: saved at step {self.step}; --resume goes on")
+
+def rehearse(run):
+    """Before anything slow: one throw-away update of each kind and one batch of the teacher, to see that memory
+    suffices and to tell how long both stages will take. Changes nothing. Raises UserError."""
+    args, model, targets = run.args, run.model, run.targets
+    drawing = sum(map(len, targets.missing()))
+    drawn, trained = min(args.teacher_batch, drawing), args.batch // WORLD // args.accumulate
+    config, prompts = model.unet.config, [targets.prompt(0)] * max(drawn, trained)
+    x = hipa.noise(range(len(prompts)), config.in_channels, config.sample_size, config.sample_size).to(model.device)
+    t = torch.full((trained,), targets.last, device=model.device)
+
+    def teacher():
+        hipa.teacher(model, prompts[:drawn], x[:drawn], 1, args.guidance)
+
+    def update(head_start):
+        sum(run.loss_of(x[:trained], t, x[:trained], prompts[:trained], head_start).values()).backward()
+        run.optimizer.zero_grad()
+
+    def minutes(count, work, *arguments):
+        for _ in range(2 if count else 0):  # the first is slower: it warms up, or compiles
+            start = time.perf_counter()
+            work(*arguments)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+        return count * (time.perf_counter() - start) / 60 if count else 0
+
+    try:
+        first = minutes(drawing / max(drawn, 1) * args.teacher_steps, teacher)
+        head = args.head_start * args.steps * args.accumulate
+        second = minutes(head, update, True) + minutes(args.steps * args.accumulate - head, update, False)
+    except torch.OutOfMemoryError:
+        advice = "a lower --batch or --teacher-batch, --accumulate, or --checkpointing"
+        raise UserError(f"not enough memory on {model.device}: try {advice}") from None
+    peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if model.device.type == "cuda" else ""
+    if not RANK:
+        count = sum(parameter.numel() for parameter in run.parameters)
+        expected = f"about {first:.0f} min for the teacher's pictures, {second:.0f} min for the adaptors{peak}"
+        print(f"{count:,} parameters in {len(run.parameters) // 2} adaptors; {expected}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -517,9 +527,9 @@ class Interrupted:
 INTERRUPTED = Interrupted()
 
 
-def stop(message):
+def stop(where):
     if not RANK:
-        tqdm.write(message, file=sys.stderr)  # not behind the progress bar
+        tqdm.write(f"{where}; --resume continues", file=sys.stderr)  # not behind the progress bar
     sys.exit(128 + (INTERRUPTED.is_set or signal.SIGTERM))
 
 
@@ -528,12 +538,12 @@ def barrier():
         dist.barrier()
 
 
-def main(kind=Run):
-    """`kind`: the class that trains; `emoji/peers.py` has one with another loss."""
+def main(run_class=Run):
+    """`run_class` trains; `emoji/peers.py` has one with another loss."""
     args = parse_args()
     device = choose_device(args.device)
     if not args.resume and (args.out / "settings.json").exists():
-        raise UserError(f"{args.out} holds a run already: go on with it by --resume, or name another --out")
+        raise UserError(f"{args.out} holds a run already: continue it with --resume, or name another --out")
     if WORLD > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -542,45 +552,37 @@ def main(kind=Run):
         signal.signal(signum, INTERRUPTED)
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU; no effect on a CPU
     writable(args.out)
-    prompts = find_prompts(args.data)
     if RANK:
-        barrier()  # the first process downloads it, the others find it in the cache
-    checkpoint_folder = hipa.find_checkpoint(args.model)
+        barrier()  # the first process downloads, the others find it in the caches
+    folder = hipa.find_checkpoint(args.model)
+    prompts, distance = find_prompts(args.data), load_distance(args.distance, folder)
     if not RANK:
         barrier()
-    distance = load_distance(args.distance, checkpoint_folder)
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    model = hipa.load(checkpoint_folder, device, getattr(torch, dtype))
-    barrier()
-    targets = Targets(args.targets, prompts, model.schedule.num_train_timesteps - 1)
+    model = hipa.load(args.model, device, getattr(torch, dtype))
+    targets = Targets(args.targets, prompts, args.pairs, args.later, model.schedule)
     if not RANK:
-        sha256 = hipa.sha256(hipa.weights_file(checkpoint_folder / "unet"))
-        targets.check(unet=sha256, guidance=args.guidance, steps=args.teacher_steps, format=2)
+        made_with = {"guidance": args.guidance, "steps": args.teacher_steps, "later": args.later, "format": 3}
+        targets.check(unet=hipa.sha256(hipa.weights_file(folder / "unet")), **made_with)
         kept = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if key != "resume"}
         (args.out / "settings.json").write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
     barrier()
-    if args.compile if args.compile is not None else device == "cuda":
-        for net in (model.unet, model.vae.decoder, distance):
-            net.compile()
-
-    def interrupted():
-        if INTERRUPTED.is_set:
-            stop(f"{args.targets}: interrupted; --resume goes on")
-
-    targets.make(model, args.pairs, args.teacher_steps, args.guidance, args.batch, interrupted)
     if args.checkpointing:
-        checkpoint_activations(model.unet, model.vae.decoder)
+        checkpoint_activations(model, distance)
     weights = {name: getattr(args, name) for name in WEIGHTS if name != "latent"}
-    training = kind(args, model, targets, HiPALoss(distance.to(device), **weights, radius=args.radius))
+    loss = HiPALoss(distance.to(device), **weights, radius=args.radius)
+    if args.compile if args.compile is not None else device == "cuda":
+        for network in (model.text_encoder, model.unet, model.vae.decoder, loss):
+            network.compile(dynamic=False)  # a graph for each size of batch: symbolic sizes are slower
+
+    training = run_class(args, model, targets, loss)
+    rehearse(training)
+    targets.make(model, args.teacher_steps, args.guidance, args.teacher_batch)
     if args.resume:
         training.resume()
-    if not RANK:
-        count = sum(parameter.numel() for parameter in training.parameters)
-        print(f"{count:,} trained parameters in {len(training.parameters) // 2} adaptors", file=sys.stderr)
     training.train()
     if not RANK:
-        name = args.model
-        print(f"done in {training.seconds / 60:.1f} minutes; try it: python sample.py ... --model {name} --lora "
+        print(f"done in {training.seconds / 60:.1f} minutes; try it: python sample.py ... --model {args.model} --lora "
               f"{args.out / LORA_NAME}", file=sys.stderr)  # fmt: skip
         print(args.out / LORA_NAME)
     if WORLD > 1:

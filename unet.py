@@ -93,7 +93,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x, time_emb):  # (B, C_in, H, W), (B, T) -> (B, C_out, H, W)
-        # In place: nothing else reads these, and a new tensor of this size costs more time than the SiLU.
+        # In place: without gradients, a new tensor of this size would cost more time than the SiLU itself.
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         h.add_(self.time_emb_proj(F.silu(time_emb))[:, :, None, None])
         h = self.conv2(F.silu(self.norm2(h), inplace=True))

@@ -6,10 +6,13 @@ so official weights load with strict=True. Left out: tiling, slicing and the oth
 B batch, C channels, H and W height and width at the level at hand, L = H*W.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 EPS = 1e-6  # every GroupNorm of the VAE; the UNet's resnets use 1e-5
@@ -57,7 +60,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x):  # (B, C_in, H, W) -> (B, C_out, H, W)
-        # In place: nothing else reads the norm's output, and a new tensor of this size costs more time than the SiLU.
+        # In place: without gradients, a new tensor of this size would cost more time than the SiLU itself.
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h.add_(self.conv_shortcut(x))
@@ -218,3 +221,25 @@ class AutoencoderKL(nn.Module):
             return f"{block}.{old[name]}.{last}" if "attentions" in block and name in old else key
 
         return {new_name(key): tensor for key, tensor in state_dict.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- PIL's pictures
+def to_tensor(picture):
+    """PIL picture -> (3, H, W) in [-1, 1]; a mask -> (1, H, W)."""
+    return torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_pil(pictures):
+    """Pictures (B, 3, H, W) in [-1, 1] -> PIL pictures."""
+    array = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(a) for a in array]
+
+
+def grid(pictures, columns=None):
+    """PIL pictures of one size -> one picture, filled row by row; about square, or of so many columns."""
+    columns = columns or math.ceil(len(pictures) ** 0.5)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for k, picture in enumerate(pictures):
+        sheet.paste(picture, (k % columns * width, k // columns * height))
+    return sheet

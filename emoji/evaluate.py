@@ -30,7 +30,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import hipa  # noqa: E402
-from sample import apply_lora, lora_weight, number, own_lora, run, to_pil, to_tensor, whole  # noqa: E402
+from sample import apply_lora, integer, lora_weight, number, own_lora, run  # noqa: E402
+from vae import to_pil, to_tensor  # noqa: E402
 
 SIZE = 64
 REFERENCE_VIEWS, OTHER_VIEWS = 8, 4  # per class in renders.png: to compare with, and as the "real pictures" row
@@ -194,18 +195,18 @@ def row(name, measurements, formats=("{:.1f} %", "{:.2f}", "{:.2f}", "{:.2f}")):
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=whole(1, 1000), default=1, help="UNet evaluations per picture (%(default)s)")
+    parser.add_argument("--steps", type=integer(1, 1000), default=1, help="UNet evaluations per picture (%(default)s)")
     parser.add_argument("--lora", type=lora_weight, metavar="PATH[:WEIGHT]", help="(default: as sample.py)")
     parser.add_argument("--guidance", type=number, help="(default: as sample.py)")
-    parser.add_argument("--seeds", type=whole(1), default=3, help="repetitions, for the spread (%(default)s)")
+    parser.add_argument("--seeds", type=integer(1), default=3, help="repetitions, for the spread (%(default)s)")
     parser.add_argument(
-        "--per-class", type=whole(1, OTHER_VIEWS), default=2, help="pictures of each prompt, at most 4 (%(default)s)"
+        "--per-class", type=integer(1, OTHER_VIEWS), default=2, help="pictures of each prompt, at most 4 (%(default)s)"
     )
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--folder", type=Path, help="measure the PNGs in this folder instead of the model's")
     args = parser.parse_args()
     folder = hipa.find_checkpoint(args.model)
-    model = hipa.load(folder)
+    model = hipa.load(args.model)
     lora, weight = args.lora or own_lora(folder, args.steps)
     if lora:
         apply_lora(model, lora, weight)
@@ -218,7 +219,7 @@ def main():
     if args.folder:
         print(row(str(args.folder), [evaluation.measure(*read_folder(args.folder, evaluation.glyphs))]))
         return
-    guidance = hipa.default_guidance(args.steps) if args.guidance is None else args.guidance
+    guidance = args.guidance if args.guidance is not None else 1.0 if args.steps == 1 else model.guidance
     rows = [
         evaluation.measure(*draw(model, evaluation, args.steps, guidance, seed, args.per_class))
         for seed in range(args.seeds)

@@ -12,8 +12,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import hipa  # noqa: E402
 from evaluate import Evaluation, class_of, draw, read_glyphs, real_pictures  # noqa: E402
-from sample import LORA_NAME, STRENGTH, apply_lora, grid, to_pil  # noqa: E402
-from train import PRESETS  # noqa: E402
+from sample import LORA_NAME, apply_lora  # noqa: E402
+from vae import grid, to_pil  # noqa: E402
 
 DOCS = HERE.parent / "docs"
 PROMPTS = [
@@ -39,16 +39,19 @@ def jobs_strip(rows, path):
     """Real pictures edited, half inpainted, and enlarged four times. Rows: what is given; then each way of drawing."""
     glyphs = read_glyphs()
     real = real_pictures(glyphs)[1][0].unflatten(0, (len(glyphs), -1))[:, 0]
-    source = lambda prompts: real[[class_of(prompt, glyphs) for prompt in prompts]]  # noqa: E731
+
+    def source(prompts):
+        return real[[class_of(prompt, glyphs) for prompt in prompts]]
+
     mask = torch.zeros(len(HOLES), 1, *real.shape[2:])
     mask[..., real.shape[3] // 2 :] = 1
     small = F.interpolate(source(SMALL), scale_factor=1 / 4, mode="bicubic", antialias=True)
     sheet = [*source(EDITS), *(source(HOLES) * (1 - mask)), *F.interpolate(small, scale_factor=4)]
     for model, steps, guidance in rows.values():
         how = {"steps": steps, "guidance": guidance}
-        sheet += hipa.edit(model, source(EDITS), list(EDITS.values()), range(4), STRENGTH["editing"], **how)
-        sheet += hipa.inpaint(model, source(HOLES), mask, HOLES, range(4), STRENGTH["inpainting"], **how)
-        sheet += hipa.upscale(model, small, 4, SMALL, range(4), STRENGTH["super-resolution"], **how)
+        sheet += hipa.edit(model, source(EDITS), list(EDITS.values()), range(4), **how)
+        sheet += hipa.inpaint(model, source(HOLES), mask, HOLES, range(4), **how)
+        sheet += hipa.upscale(model, small, 4, SMALL, range(4), **how)
     save_strip(to_pil(torch.stack(sheet)), 12, path)
 
 
@@ -100,7 +103,7 @@ def main():
     rows = {
         "plain 1 step": (frozen, 1, 1.0),
         "HiPA 1 step": (adapted, 1, 1.0),
-        "25 steps": (frozen, 25, PRESETS["emoji"]["guidance"]),
+        "25 steps": (frozen, 25, frozen.guidance),
     }
     strip(rows, DOCS / "strip.png")
     jobs_strip(rows, DOCS / "jobs.png")

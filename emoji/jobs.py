@@ -25,10 +25,11 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import hipa  # noqa: E402
 from evaluate import OTHER_VIEWS, SIZE, Evaluation, psnr, real_pictures, row  # noqa: E402
-from sample import STRENGTH, apply_lora, own_lora, run, to_pil, to_tensor, whole  # noqa: E402
-from train import PRESETS, load_distance  # noqa: E402
+from hipa import STRENGTH  # noqa: E402
+from sample import apply_lora, integer, own_lora, run  # noqa: E402
+from train import load_distance  # noqa: E402
+from vae import to_pil, to_tensor  # noqa: E402
 
-GUIDANCE = PRESETS["emoji"]["guidance"]  # of the 25 steps, as of what the adaptors learned from; none without a prompt
 BATCH = 37
 
 
@@ -37,7 +38,7 @@ class Bench:
 
     def __init__(self):
         folder = hipa.find_checkpoint("emoji")
-        self.plain, self.adapted = hipa.load(folder), hipa.load(folder)
+        self.plain, self.adapted = hipa.load("emoji"), hipa.load("emoji")
         apply_lora(self.adapted, *own_lora(folder, 1))
         self.evaluation = Evaluation(self.plain, per_class=1)
         self.distance = load_distance("dists", folder)
@@ -64,7 +65,7 @@ class Bench:
         every name."""
         ways = {
             "plain 1 step": (self.plain, 1, 1.0), "**HiPA, 1 step**": (self.adapted, 1, 1.0),
-            "25 steps": (self.plain, 25, GUIDANCE),
+            "25 steps": (self.plain, 25, self.plain.guidance),
         }  # fmt: skip
 
         def drawn(model, steps, guidance, sources, k):
@@ -105,11 +106,13 @@ def inpainting(bench, repetitions):
     """The hole is the right half of every picture, and so of the thing in its middle."""
     mask = torch.zeros(1, 1, SIZE, SIZE)
     mask[..., SIZE // 2 :] = 1
-    rim = lambda pictures: (pictures[..., SIZE // 2] - pictures[..., SIZE // 2 - 1]).abs().mean().item()  # noqa: E731
+
+    def rim(pictures):
+        return (pictures[..., SIZE // 2] - pictures[..., SIZE // 2 - 1]).abs().mean().item()
 
     def draw(model, sources, part, seeds, **options):
         masks = mask.expand(len(seeds), -1, -1, -1)
-        return hipa.inpaint(model, sources[part], masks, bench.names[part], seeds, STRENGTH["inpainting"], **options)
+        return hipa.inpaint(model, sources[part], masks, bench.names[part], seeds, **options)
 
     def measure(pictures, sources):
         seam = rim(pictures) / rim(sources)
@@ -136,7 +139,9 @@ def super_resolution(bench, repetitions):
 
     for side in (16, 32):
         bench.header(f"{side} to {SIZE} pixels, strength {strength:g}", columns)
-        bicubic = lambda sources, side=side: resize(resize(sources, side), SIZE)  # noqa: E731
+
+        def bicubic(sources, side=side):
+            return resize(resize(sources, side), SIZE)
 
         def corrected(sources, side=side, bicubic=bicubic):
             """Bicubic with the correction that `hipa.upscale` ends with, and nothing drawn"""
@@ -161,7 +166,7 @@ JOBS = {"editing": editing, "inpainting": inpainting, "super-resolution": super_
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", nargs="?", choices=JOBS, help="(all)")
-    parser.add_argument("--seeds", type=whole(1), default=3, help="repetitions, for the spread (%(default)s)")
+    parser.add_argument("--seeds", type=integer(1), default=3, help="repetitions, for the spread (%(default)s)")
     args = parser.parse_args()
     bench = Bench()
     for name in [args.job] if args.job else JOBS:

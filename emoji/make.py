@@ -2,11 +2,16 @@
 
     python emoji/make.py               # goes on where it stopped
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 emoji/make.py --device cpu  # 2 CPU cores: a quarter faster
-    python emoji/make.py --improve 60   # another hour for the UNet that is there
+    python emoji/make.py --improve unet 480     # trains the UNet and text encoder that are there further
+    python emoji/make.py --improve decoder 60   # the same for the VAE's decoder; the latents stay what they are
+    python emoji/make.py --improve epsilon 15   # a copy in emoji/build/epsilon that predicts noise, not v
 
 Nobody needs this to use the project. It takes about three hours on two CPU cores, half an hour on a GPU, and needs
 the font "Noto Color Emoji" (Debian: apt-get install fonts-noto-color-emoji; SIL Open Font License). Every stage trains
 for a given time, not for a number of steps, so that any machine ends with a model as good as its speed allows.
+
+--improve writes what it has into `emoji/` every half hour: a model that works. After any interruption the same command
+continues; without its build folder too, from the weights in `emoji/`, whose headers say how many minutes they have had.
 """
 
 import argparse
@@ -17,6 +22,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -30,7 +36,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -39,14 +46,25 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import hipa  # noqa: E402
 from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, Tokenizer, byte_characters  # noqa: E402
-from evaluate import OTHER_VIEWS, REFERENCE_VIEWS, SIZE, EvaluationNet, psnr, read_glyphs, without_article  # noqa: E402
-from losses import VGG, VGGConfig  # noqa: E402
-from sample import grid, to_pil  # noqa: E402
+from evaluate import (  # noqa: E402
+    OTHER_VIEWS,
+    REFERENCE_VIEWS,
+    SIZE,
+    EvaluationNet,
+    high_frequency_energy,
+    psnr,
+    read_glyphs,
+    without_article,
+)
+from lora import save_atomically  # noqa: E402
+from losses import VGG, VGGConfig, high_pass  # noqa: E402
+from sample import LORA_NAME  # noqa: E402
 from unet import UNet2DConditionModel, UNetConfig  # noqa: E402
-from vae import AutoencoderKL, VAEConfig  # noqa: E402
+from vae import AutoencoderKL, VAEConfig, grid, to_pil  # noqa: E402
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 FONT_SIZE = 109  # the only size this bitmap font has
+HELD_OUT = 1024  # the last of the pictures: never trained on
 COLOURS = {
     "red": (229, 57, 53), "orange": (251, 140, 0), "yellow": (253, 216, 53), "green": (67, 160, 71),
     "blue": (66, 133, 244), "purple": (142, 36, 170), "pink": (244, 143, 177), "black": (0, 0, 0),
@@ -86,8 +104,13 @@ class Scene:
         """
         kind = rng.choices(["one", "small", "two"], [0.74, 0.10, 0.16])[0] if index is None else "one"
         background = rng.choice(list(COLOURS)) if index is None and rng.random() < 0.33 else None
-        jitter = lambda centre, by: centre + rng.uniform(-by, by)  # noqa: E731
-        tilt = lambda: rng.uniform(-10, 10)  # noqa: E731
+
+        def jitter(centre, by):
+            return centre + rng.uniform(-by, by)
+
+        def tilt():
+            return rng.uniform(-10, 10)
+
         if kind == "two":
             classes = rng.sample(range(len(GLYPHS)), 2)
             size = rng.uniform(27, 30)
@@ -159,71 +182,94 @@ def cached(path, make):
     return torch.load(path, weights_only=True, mmap=True)
 
 
-def fit(name, model, loss_of, minutes, batches, lr, build, parameters=None, ema=0.998, report=None):
+def minutes_used(device):
+    """On a CPU the processor time of each thread: neither a pause nor what else the machine does counts as training."""
+    return (time.monotonic() if device.type == "cuda" else time.process_time() / torch.get_num_threads()) / 60
+
+
+def fit(name, model, loss_of, minutes, batches, lr, build, parameters=None, ema=0.998, report=None, earlier=None):
     """Minimises loss_of(*batch) for `minutes` and returns an exponential moving average of the model's weights.
 
     AdamW; the rate warms up over 2 % of the time and falls along a cosine. The state is kept in `build/name.state`
-    every two minutes, and a second call goes on from there. Under torchrun each process takes its own batches, and
-    gradients are averaged.
+    every two minutes, and a second call goes on from there. Where there is none, `earlier` says how much training
+    `model` has had (minutes, samples, step), and the rate goes on from there. Every half hour and at the end
+    report(average, progress) is called, and what it returns becomes a line of `build/name.csv`. Under torchrun each
+    process takes its own batches, and gradients are averaged.
     """
     parameters = list(parameters or model.parameters())
+    device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    average, step, seconds = copy.deepcopy(model).requires_grad_(False), 0, 0.0
+    average = copy.deepcopy(model).requires_grad_(False)
+    progress = {"minutes": 0.0, "samples": 0, "step": 0} | (earlier or {})
     path = build / f"{name}.state"
     if path.exists():
         state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"]), average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-    torch.manual_seed(step * WORLD + RANK)  # from here on, each process draws its own batches and noise
+        progress = state["progress"]
+    torch.manual_seed(progress["step"] * WORLD + RANK)  # from here on, each process draws its own batches and noise
 
     def save():
         if RANK:
             return
         state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**state, "step": step, "seconds": seconds}, path.with_suffix(".part"))
+        torch.save({**state, "progress": progress}, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
 
-    total = round(minutes * 60)
-    bar = tqdm(total=total, initial=round(seconds), desc=name, unit="s", mininterval=5, disable=RANK > 0)
-    last, saved, reported, running = time.time(), time.time(), time.time(), None
-    while seconds < minutes * 60:
-        done = seconds / (minutes * 60)
+    def write_report():
+        if RANK or not report:
+            return
+        row = {key: round(value, 2) for key, value in progress.items()} | {"loss": round(running, 5)}
+        row |= report(average, progress)
+        with open(build / f"{name}.csv", "a") as log:
+            print(*(row if not log.tell() else row.values()), sep=",", file=log)
+        tqdm.write(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
+
+    bar = tqdm(total=round(minutes), initial=round(progress["minutes"]), desc=name, unit="min", disable=RANK > 0)
+    saved = reported = progress["minutes"]
+    running, fresh, last = None, 0, minutes_used(device)
+    while progress["minutes"] < minutes:
+        done = progress["minutes"] / minutes
+        warm = min(1, (done + 1e-4) / 0.02, (fresh + 1) / 100)  # the optimizer's moments begin anew with each start
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (done + 1e-4) / 0.02) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        loss = loss_of(*next(batches))
+            group["lr"] = lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        batch = next(batches)
+        loss = loss_of(*batch)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {step}")
+            raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {progress['step']}")
         optimizer.zero_grad()
         loss.backward()
-        now = time.time()
-        seconds, last = seconds + min(now - last, 10), now  # a process that was stopped for a while did not train
+        now = minutes_used(device)
+        clock, last = progress["minutes"] + now - last, now
         if WORLD > 1:  # the clock is averaged too, so that all stop after the same step
-            flat = torch.cat(
-                [p.grad.flatten() for p in parameters] + [torch.tensor([seconds], device=parameters[0].device)]
-            )
+            flat = torch.cat([p.grad.flatten() for p in parameters] + [torch.tensor([clock], device=device)])
             dist.all_reduce(flat)
             *gradients, clock = (flat / WORLD).split([p.numel() for p in parameters] + [1])
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad.copy_(gradient.view_as(parameter))
-            seconds = clock.item()
+            clock = clock.item()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        decay = min(ema, (step + 1) / (step + 10))
+        decay = min(ema, (progress["step"] + 1) / (progress["step"] + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        step += 1
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        bar.update(round(seconds) - bar.n)
-        bar.set_postfix(step=step, loss=f"{running:.4f}", refresh=False)
-        if now - saved > 120:
+        samples, step = progress["samples"] + len(batch[0]) * WORLD, progress["step"] + 1
+        progress = {"minutes": clock, "samples": samples, "step": step}
+        fresh += 1
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        bar.update(int(clock) - bar.n)
+        bar.set_postfix(samples=progress["samples"], loss=f"{running:.4f}", refresh=False)
+        if clock - saved > 2:
             save()
-            if report and not RANK and now - reported > 900:
-                reported = now
-                tqdm.write(f"{name} {seconds / 60:.1f} min, step {step}, loss {running:.4f}: {report(average)}")
-            last = saved = time.time()  # reporting does not count as training
+            saved = clock
+            if clock - reported > 30:
+                reported = clock
+                write_report()
+            last = minutes_used(device)  # reporting does not count as training
     bar.close()
-    save()
+    if fresh:
+        save()
+        write_report()
     return average
 
 
@@ -263,14 +309,21 @@ def train_vae(device, build, pictures, held_out, minutes):
         scaled = latent * VAE.scaling_factor
         return reconstruction_loss(model.decode(scaled), target) + 1e-4 * kl
 
-    @torch.no_grad()
-    def report(average):
-        target = to_unit(held_out[:128].to(device))
-        return f"PSNR {psnr(average.decode(average.encode(target)), target):.2f} dB on unseen pictures"
+    data = batches_of(16 if device == "cpu" else 128, pictures)
+    return fit("vae", model, loss_of, minutes, data, 2e-3, build, report=quality_of_copies(held_out, device))
 
-    return fit(
-        "vae", model, loss_of, minutes, batches_of(16 if device == "cpu" else 128, pictures), 2e-3, build, report=report
-    )
+
+def quality_of_copies(held_out, device):
+    """-> report(vae, _): PSNR of the VAE's copies of unseen pictures, and their share of the pictures' edge energy."""
+
+    @torch.no_grad()
+    def report(vae, _):
+        real = to_unit(held_out[:256])
+        copies = torch.cat([vae.decode(vae.encode(part)).cpu() for part in real.to(device).split(64)])
+        edges = high_frequency_energy(copies)[0] / high_frequency_energy(real)[0]
+        return {"psnr": round(psnr(copies, real), 2), "edges": round(edges, 3)}
+
+    return report
 
 
 def normalise_latents(vae, mean, std):
@@ -322,14 +375,12 @@ def train_nets(device, build, pictures, labels, held_out, held_out_labels, minut
             return F.cross_entropy(net(to_unit(batch.to(device))), label.to(device), label_smoothing=0.05)
 
         @torch.no_grad()
-        def report(average):
+        def report(average, _):
             right = average(to_unit(held_out.to(device))).argmax(1) == held_out_labels.to(device)
-            return f"{100 * right.float().mean():.1f} % of unseen pictures right"
+            return {"recognised": round(right.float().mean().item(), 3)}
 
         data = batches_of(32 if device == "cpu" else 256, pictures, labels)
         nets.append(fit(name, net, loss_of, minutes, data, 2e-3, build, report=report).cpu())
-        if not RANK:
-            print(name, report(nets[-1].to(device)))
     return nets[0].vgg, nets[1]
 
 
@@ -375,12 +426,14 @@ def train_tokenizer(captions):
     return Tokenizer({token: i for i, token in enumerate(tokens)}, merges, TEXT_LENGTH)
 
 
-def train_unet(device, build, tokenizer, vae, latents, ids, minutes, start=None):
+def train_unet(device, build, tokenizer, vae, latents, ids, minutes, name="unet", start=None, earlier=None, out=None):
     """Diffusion training (Ho et al. 2020) of UNet and text encoder together, predicting v (Salimans & Ho 2022).
 
-    latents (N, 4, 16, 16); ids (N, K, TEXT_LENGTH): K captions of each. One caption in ten is left empty, for guidance.
-    `start`: a model to go on from, at half the learning rate.
+    latents (N, 4, 16, 16); ids (N, K, TEXT_LENGTH): K captions of each; the last HELD_OUT are never trained on. One
+    caption in ten is left empty, for guidance. `start`: a model to go on from, at half the learning rate, exported
+    into the folder `out` with each report; `earlier`: see `fit`. The name "epsilon": predicts the noise instead.
     """
+    schedule = hipa.Schedule() if name == "epsilon" else SCHEDULE
     torch.manual_seed(0)
     networks = nn.ModuleDict(
         {
@@ -395,50 +448,57 @@ def train_unet(device, build, tokenizer, vae, latents, ids, minutes, start=None)
         networks["text_encoder"].load_state_dict(start.text_encoder.state_dict())
     networks = networks.to(device, memory_format=torch.channels_last)
     empty = tokenizer([""])[0].to(device)
-    alphas_cumprod = SCHEDULE.alphas_cumprod.to(device)
+
+    def loss(nets, x0, text, timestep, noise):
+        alpha, sigma = schedule.alpha_sigma(timestep)
+        prediction = nets["unet"](alpha * x0 + sigma * noise, timestep, nets["text_encoder"](text))
+        return F.mse_loss(prediction, noise if name == "epsilon" else alpha * noise - sigma * x0)
 
     def loss_of(x0, captions):
         x0, batch = x0.to(device), len(x0)
         text = captions[torch.arange(batch), torch.randint(captions.shape[1], (batch,))].long().to(device)
         text[torch.rand(batch, device=device) < 0.1] = empty
-        # One timestep from each of `batch` equal parts of the schedule: less noise in the loss than independent draws.
-        timestep = (
-            (torch.arange(batch, device=device) + torch.rand(batch, device=device))
-            * SCHEDULE.num_train_timesteps
-            / batch
-        ).long()
-        alpha = alphas_cumprod[timestep].sqrt()[:, None, None, None]
-        sigma = (1 - alphas_cumprod[timestep]).sqrt()[:, None, None, None]
-        noise = torch.randn_like(x0)
-        states = networks["text_encoder"](text)
-        prediction = networks["unet"](alpha * x0 + sigma * noise, timestep, states)
-        return F.mse_loss(prediction, alpha * noise - sigma * x0)
+        # Logit-normal timesteps (Esser et al. 2024): more in the middle, where the shapes are decided. One from each of
+        # `batch` equally likely parts: less noise in the loss than independent draws.
+        quantile = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+        share = torch.sigmoid(0.3 + 1.3 * torch.special.ndtri(quantile))
+        timestep = (share * SCHEDULE.num_train_timesteps).long().clamp(max=SCHEDULE.num_train_timesteps - 1)
+        return loss(networks, x0, text, timestep, torch.randn_like(x0))
 
     @torch.no_grad()
-    def report(average):
-        """Draws a few prompts into build/unet.png: 25 steps at two strengths of guidance, then one step."""
-        model = assemble(tokenizer, average, vae)
-        prompts = ["a cat", "a red apple", "a small dog", "a cat and a dog", "a rocket", "a tree on a blue background",
-                   "a pizza", "an owl", "a house", "a panda face"]  # fmt: skip
-        seeds = range(len(prompts))
-        rows = [hipa.sample(model, prompts, seeds, steps, guidance) for steps, guidance in ((25, 3), (25, 7.5), (1, 1))]
-        grid([picture for row in rows for picture in to_pil(row)], columns=len(prompts)).save(build / "unet.png")
-        return f"see {build / 'unet.png'}"
+    def report(average, progress):
+        """The loss on unseen pictures, always with the same noise; all classes in 25 steps, as `build/NAME.png`."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(latents[-HELD_OUT:].shape, generator=generator)
+        timestep = torch.randperm(HELD_OUT, generator=generator) * SCHEDULE.num_train_timesteps // HELD_OUT
+        held_out = zip(
+            *(x.to(device).split(64) for x in (latents[-HELD_OUT:], ids[-HELD_OUT:, 0].long(), timestep, noise))
+        )
+        held_out_loss = sum(loss(average, *part).item() for part in held_out) * 64 / HELD_OUT
+        model = assemble(tokenizer, average, vae, schedule)
+        names = [names[0] for _, names in GLYPHS]
+        parts = [range(i, min(i + 25, len(names))) for i in range(0, len(names), 25)]
+        pictures = [p for part in parts for p in to_pil(hipa.sample(model, [names[k] for k in part], part, 25, 2.0))]
+        grid(pictures, columns=10).save(build / f"{name}.png")
+        if out:
+            export_unet(out, average, tokenizer, schedule, progress)
+        return {"held_out_loss": round(held_out_loss, 5)}
 
-    batch = 16 if device == "cpu" else 256
-    # A CPU has no time for more views of each glyph than these; a GPU sees them all.
-    some = slice(10_000 if device == "cpu" else None)
-    data, name, rate = batches_of(batch, latents[some], ids[some]), *(("improved", 5e-4) if start else ("unet", 1e-3))
-    return fit(name, networks, loss_of, minutes, data, rate, build, report=report)
+    rate, ema = (5e-4, 0.9995) if start else (1e-3, 0.998)
+    data = batches_of(32 if device == "cpu" else 256, latents[:-HELD_OUT], ids[:-HELD_OUT])
+    return fit(name, networks, loss_of, minutes, data, rate, build, ema=ema, report=report, earlier=earlier)
 
 
-def assemble(tokenizer, networks, vae):
-    return hipa.StableDiffusion(tokenizer, networks["text_encoder"], networks["unet"], vae, SCHEDULE)
+def assemble(tokenizer, networks, vae, schedule):
+    return hipa.StableDiffusion(tokenizer, networks["text_encoder"], networks["unet"], vae, schedule)
 
 
 # -------------------------------------------------------------------------------------------------------------- decoder
-def sharpen_decoder(device, build, vae, vgg, pictures, latents, held_out, minutes):
-    """Trains the decoder alone, the latents fixed, with a perceptual term added, so that edges become crisp."""
+def sharpen_decoder(device, build, vae, vgg, pictures, latents, held_out, minutes, name="decoder", earlier=None):
+    """Trains the decoder alone, the latents fixed, with a perceptual term added, so that edges become crisp.
+
+    With another `name`, at half the learning rate, exported with each report; `earlier`: see `fit`.
+    """
     torch.manual_seed(1)
     model = copy.deepcopy(vae).to(device, memory_format=torch.channels_last).requires_grad_(False)
     trained = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
@@ -454,15 +514,21 @@ def sharpen_decoder(device, build, vae, vgg, pictures, latents, held_out, minute
             wanted = vgg(target / 2 + 0.5)
         features = vgg(picture / 2 + 0.5)
         perceptual = sum((a - b).abs().mean() / b.abs().mean() for a, b in zip(features[:3], wanted[:3]))
-        return reconstruction_loss(picture, target) + 0.03 * perceptual
+        # Any distance is least for a soft edge where the latent leaves its place open: so ask for the energy as well.
+        energy, wanted_energy = (high_pass(x, 0.25).square().mean(dim=(1, 2, 3)).log() for x in (picture, target))
+        softness = (energy - wanted_energy).square().mean()
+        return reconstruction_loss(picture, target) + 0.03 * perceptual + 0.1 * softness
 
-    @torch.no_grad()
-    def report(average):
-        target = to_unit(held_out[:128].to(device))
-        return f"PSNR {psnr(average.decode(average.encode(target)), target):.2f} dB on unseen pictures"
+    measure = quality_of_copies(held_out, device)
+
+    def report(average, progress):
+        if name != "decoder":
+            write_weights(HERE / "vae", average, "diffusion_pytorch_model", progress)
+        return measure(average, progress)
 
     data = batches_of(16 if device == "cpu" else 128, pictures, latents)
-    return fit("decoder", model, loss_of, minutes, data, 1e-3, build, parameters=trained, report=report)
+    rate = 1e-3 if name == "decoder" else 5e-4
+    return fit(name, model, loss_of, minutes, data, rate, build, trained, report=report, earlier=earlier)
 
 
 # --------------------------------------------------------------------------------------------------------------- export
@@ -489,16 +555,22 @@ def write_json(path, settings):
     path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
-def write_network(folder, network, config, stem="diffusion_pytorch_model"):
+def write_network(folder, network, config, stem="diffusion_pytorch_model", progress=None):
     write_json(folder / "config.json", config)
-    write_weights(folder, network, stem)
+    write_weights(folder, network, stem, progress)
 
 
-def write_weights(folder, network, stem):
-    """In half precision: a hundredth of a grey level, for half the bytes."""
+def write_weights(folder, network, stem, progress=None):
+    """In half precision: a hundredth of a grey level, for half the bytes. `progress`, how much training the network
+    has had, goes into the file's header, for `read_progress`. A file that is there is replaced at once."""
     folder.mkdir(exist_ok=True)
-    tensors = {key: value.half().contiguous() for key, value in network.state_dict().items()}
-    save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
+    tensors = {key: value.half() for key, value in network.state_dict().items()}
+    save_atomically(tensors, folder / f"{stem}.safetensors", {"format": "pt", "progress": json.dumps(progress or {})})
+
+
+def read_progress(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata().get("progress", "{}"))
 
 
 def fields(config):
@@ -508,17 +580,22 @@ def fields(config):
 VERSION = {"_diffusers_version": "0.42.1"}
 
 
-def export_unet(networks, tokenizer):
-    write_network(HERE / "unet", networks["unet"], {"_class_name": "UNet2DConditionModel", **VERSION, **fields(UNET)})
+def export_unet(folder, networks, tokenizer, schedule, progress=None):
+    """What is trained together, and the schedule it is trained with, into a checkpoint's folder."""
+    settings = {"_class_name": "UNet2DConditionModel", **VERSION, **fields(UNET)}
+    write_network(folder / "unet", networks["unet"], settings, progress=progress)
     text = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
     text |= {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
     text |= fields(networks["text_encoder"].config)
-    write_network(HERE / "text_encoder", networks["text_encoder"], text, "model")
+    write_network(folder / "text_encoder", networks["text_encoder"], text, "model")
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", **VERSION, **fields(schedule)}
+    scheduler |= {"beta_schedule": "scaled_linear", "timestep_spacing": "trailing", "steps_offset": 1}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
 
 
 def export(tokenizer, networks, vae, vgg, evaluator):
     """Writes the checkpoint in diffusers' layout into this folder."""
-    export_unet(networks, tokenizer)
+    export_unet(HERE, networks, tokenizer, SCHEDULE)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
     vae_config = {"_class_name": "AutoencoderKL", **VERSION, **fields(VAE), **blocks, "sample_size": SIZE}
     write_network(HERE / "vae", vae, vae_config)
@@ -532,9 +609,6 @@ def export(tokenizer, networks, vae, vgg, evaluator):
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, "do_lower_case": True}
     write_json(folder / "tokenizer_config.json", {**settings, **special})
 
-    scheduler = {"_class_name": "DPMSolverMultistepScheduler", **VERSION, **fields(SCHEDULE)}
-    scheduler |= {"beta_schedule": "scaled_linear", "timestep_spacing": "trailing", "steps_offset": 1}
-    write_json(HERE / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": "StableDiffusionPipeline", **VERSION, "requires_safety_checker": False,
         "feature_extractor": [None, None], "safety_checker": [None, None],
@@ -548,6 +622,36 @@ def export(tokenizer, networks, vae, vgg, evaluator):
     write_weights(HERE / "evaluator", evaluator, "model")
 
 
+def improve(part, minutes, device, build, everything, captions):
+    """Trains a part of the model in `emoji/` further, until it has had `minutes`.
+
+    The part "epsilon" makes a copy in `build/epsilon` that predicts the noise, as official checkpoints do.
+    """
+    out = HERE
+    if part == "epsilon":
+        out = build / "epsilon"
+        if not out.exists():
+            shutil.copytree(HERE, out, ignore=lambda folder, names: {"build", "__pycache__", LORA_NAME} & set(names))
+    trained = {"unet": "unet", "epsilon": "unet", "decoder": "vae"}[part]
+    earlier = read_progress(out / trained / "diffusion_pytorch_model.safetensors")
+    model = hipa.load(out, device)
+    if part == "epsilon" and model.schedule.prediction_type != "epsilon":  # just copied
+        earlier = {}
+    encoder = [*model.vae.encoder.parameters(), *model.vae.quant_conv.parameters()]
+    key = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in encoder)).hexdigest()[:12]
+    latents = cached(build / f"latents-{key}.pt", lambda: encode_all(model.vae, everything, device, "encoding"))
+    if part == "decoder":
+        vgg = VGG(FEATURES)
+        vgg.load_state_dict({k: v.float() for k, v in load_file(HERE / "features" / "model.safetensors").items()})
+        data = everything[:-HELD_OUT], latents[:-HELD_OUT], everything[-HELD_OUT:]
+        sharpen_decoder(device, build, model.vae, vgg, *data, float(minutes), "improve-decoder", earlier)
+    else:
+        ids = torch.stack([model.tokenizer(group) for group in captions]).short()
+        name = part if part == "epsilon" else "improve-unet"
+        tools = device, build, model.tokenizer, model.vae
+        train_unet(*tools, latents, ids, float(minutes), name, model, earlier, out)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=40_000, help="training pictures (%(default)s)")
@@ -558,7 +662,8 @@ def main():
     minutes = [35, 3, 120, 10] if device == "cpu" else [6, 1, 15, 3]
     parser.add_argument("--minutes", type=float, nargs=4, default=minutes, metavar=stages,
                         help="training time of each stage; NETS twice (%(default)s)")  # fmt: skip
-    parser.add_argument("--improve", type=float, metavar="MINUTES", help="only train the UNet that is there further")
+    parser.add_argument("--improve", nargs=2, metavar=("PART", "MINUTES"),
+                        help="only train the unet or the decoder further, until it has had MINUTES in all")  # fmt: skip
     args = parser.parse_args()
     if not Path(FONT).exists():
         sys.exit(f"error: {FONT} is missing: apt-get install fonts-noto-color-emoji")
@@ -568,10 +673,10 @@ def main():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2))
     vae_minutes, nets_minutes, unet_minutes, decoder_minutes = args.minutes
-    device, build, held = args.device, args.build, 1024
+    device, build = args.device, args.build
 
     rng = random.Random(0)
-    scenes = [Scene.sample(rng) for _ in range(args.pictures + held)]
+    scenes = [Scene.sample(rng) for _ in range(args.pictures + HELD_OUT)]
     captions = [[scene.caption(rng) for _ in range(4)] for scene in scenes]
     made_of = build / "made_of.txt"  # what is in the build folder was made from these pictures
     content = hashlib.sha256(repr((GLYPHS, COLOURS, scenes)).encode()).hexdigest()
@@ -579,37 +684,33 @@ def main():
         sys.exit(f"error: {build} was made from other pictures or prompts: delete it, or name another --build")
     made_of.write_text(content)
     everything = cached(build / "pictures.pt", lambda: pictures_of(scenes))
-    pictures, held_out = everything[:-held], everything[-held:]
+    pictures, held_out = everything[:-HELD_OUT], everything[-HELD_OUT:]
 
     if args.improve:
-        model = hipa.load("emoji", device)
-        latents = encode_all(model.vae, pictures, device, "encoding")
-        ids = torch.stack([model.tokenizer(group) for group in captions[:-held]]).short()
-        networks = train_unet(device, build, model.tokenizer, model.vae, latents, ids, args.improve, start=model)
-        if not RANK:
-            export_unet(networks, model.tokenizer)
-            (build / "improved.state").unlink()  # the next --improve starts from what was just written
+        improve(*args.improve, device, build, everything, captions)
         return
 
+    for old in build.glob("improve-*"):  # further training of the model that this one replaces
+        old.unlink(missing_ok=True)
     vae = train_vae(device, build, pictures, held_out, vae_minutes)
     single = torch.tensor([len(scene.classes) == 1 for scene in scenes])
     labels = torch.tensor([scene.classes[0] for scene in scenes])
     train, test = single.clone(), single.clone()
-    train[-held:], test[:-held] = False, False
+    train[-HELD_OUT:], test[:-HELD_OUT] = False, False
     vgg, evaluator = train_nets(
         device, build, everything[train], labels[train], everything[test], labels[test], nets_minutes
     )
 
-    latents = cached(build / "latents.pt", lambda: encode_all(vae, pictures, device, "encoding"))
+    latents = cached(build / "latents.pt", lambda: encode_all(vae, everything, device, "encoding"))
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     normalise_latents(vae.cpu(), mean, std)
     latents = (latents - mean[:, None, None]) / std[:, None, None]
     vae = vae.to(device)
 
     tokenizer = train_tokenizer([caption for group in captions for caption in group])
-    ids = torch.stack([tokenizer(group) for group in captions[:-held]]).short()
+    ids = torch.stack([tokenizer(group) for group in captions]).short()
     networks = train_unet(device, build, tokenizer, vae, latents, ids, unet_minutes)
-    vae = sharpen_decoder(device, build, vae, vgg, pictures, latents, held_out, decoder_minutes)
+    vae = sharpen_decoder(device, build, vae, vgg, pictures, latents[:-HELD_OUT], held_out, decoder_minutes)
     if not RANK:
         export(tokenizer, networks, vae, vgg, evaluator)
         write_renders()

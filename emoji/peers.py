@@ -19,7 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import hipa  # noqa: E402
 from evaluate import Evaluation  # noqa: E402
 from lora import lora_off  # noqa: E402
-from sample import run, whole  # noqa: E402
+from sample import integer, run  # noqa: E402
 from table import HEADER, ONLY_LATENT, measure, train  # noqa: E402
 from train import Run, seeded  # noqa: E402
 from train import main as train_adaptors  # noqa: E402
@@ -63,12 +63,13 @@ def ddim(schedule, x, x0, start, end):
 class LatentConsistency(Run):
     """`train.Run` with the loss of latent consistency distillation. The pictures are the same targets; noise is new."""
 
-    def loss_of(self, x, timesteps, x0, prompts):
+    def loss_of(self, x, timesteps, x0, prompts, head_start):
         schedule, generator = self.model.schedule, seeded("consistency", self.args.seed, self.step)
         start = SKIP * torch.randint(1, schedule.num_train_timesteps // SKIP + 1, (len(x0),), generator=generator) - 1
+        start = start.to(x0.device)
         end = (start - SKIP).clamp(min=0)
         student = hipa.predictor(self.student, prompts)
-        x_start = schedule.add_noise(x0, start, torch.randn(x0.shape, generator=generator))
+        x_start = schedule.add_noise(x0, start, torch.randn(x0.shape, generator=generator).to(x0.device))
         with torch.no_grad():
             with lora_off(self.model.unet):  # one guided step of DDIM by the teacher
                 teacher_x0 = hipa.predictor(self.model, prompts, self.args.guidance)(x_start, start)
@@ -82,23 +83,26 @@ def sample_consistency(model, prompts, seeds, steps, guidance=1.0):
     and is not used."""
     side = model.unet.config.sample_size
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = lambda: torch.cat([torch.randn(1, 4, side, side, generator=g) for g in generators])  # noqa: E731
+
+    def noise():
+        return torch.cat([torch.randn(1, 4, side, side, generator=g) for g in generators]).to(model.device)
+
     predict_x0 = hipa.predictor(model, prompts)
     places = range(model.schedule.num_train_timesteps // SKIP, 0, -1)
     timesteps = [SKIP * places[k * len(places) // steps] - 1 for k in range(steps)]
     x = noise()
     for k, t in enumerate(timesteps):
-        x = consistency(predict_x0, x, torch.full((len(x),), t))
+        x = consistency(predict_x0, x, torch.full((len(x),), t, device=x.device))
         if k + 1 < steps:
             x = model.schedule.add_noise(x, timesteps[k + 1], noise())
-    return model.vae.decode(x)
+    return model.decode(x)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="(%(default)s)")
-    parser.add_argument("--seeds", type=whole(1), default=3, help="of the measured pictures (%(default)s)")
-    parser.add_argument("--jobs", type=whole(1), default=2, help="trained at a time (%(default)s)")
+    parser.add_argument("--seeds", type=integer(1), default=3, help="of the measured pictures (%(default)s)")
+    parser.add_argument("--jobs", type=integer(1), default=2, help="trained at a time (%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -119,4 +123,7 @@ def main():
 
 if __name__ == "__main__":
     # With options of train.py, this is what the command above starts to train a consistency model.
-    run((lambda: train_adaptors(LatentConsistency)) if "--data" in sys.argv or "--resume" in sys.argv else main)
+    if "--data" in sys.argv or "--resume" in sys.argv:
+        run(train_adaptors, LatentConsistency)
+    else:
+        run(main)

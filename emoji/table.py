@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import hipa  # noqa: E402
 from evaluate import Evaluation, draw, row  # noqa: E402
 from lora import load_lora  # noqa: E402
-from sample import LORA_NAME, apply_lora, run, whole  # noqa: E402
+from sample import LORA_NAME, apply_lora, integer, run  # noqa: E402
 
 ONLY_LATENT = [*"--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0".split()]
 VARIANTS = {
@@ -93,9 +93,9 @@ def measure(name, folder, evaluation, seeds, steps=1, **how):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/table"), help="(%(default)s)")
-    parser.add_argument("--seeds", type=whole(1), default=3, help="of the measured pictures (%(default)s)")
-    parser.add_argument("--jobs", type=whole(1), default=2, help="variants trained at a time (%(default)s)")
-    parser.add_argument("--steps", type=whole(1), default=300, help="updates of each variant (%(default)s)")
+    parser.add_argument("--seeds", type=integer(1), default=3, help="of the measured pictures (%(default)s)")
+    parser.add_argument("--jobs", type=integer(1), default=2, help="variants trained at a time (%(default)s)")
+    parser.add_argument("--steps", type=integer(1), default=300, help="updates of each variant (%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -102,7 +102,7 @@ def run_sample(argv, capsys):
     with warnings.catch_warnings():  # run() replaces the function that shows them
         warnings.simplefilter("default")
         try:
-            sample.run(lambda: sample.main([str(arg) for arg in argv]))
+            sample.run(lambda: sample.main(sample.parse_args([str(arg) for arg in argv])))
         except SystemExit as end:
             code = end.code
     out, err = capsys.readouterr()
