@@ -500,10 +500,8 @@ def assign_weights(net, state_dict, path, dtype):
     there, expected = ({key: t.shape for key, t in tensors.items()} for tensors in (state_dict, net.state_dict()))
     wrong = [key for key in expected | there if there.get(key) != expected.get(key)]
     if wrong:
-        problem = (
-            "missing" if wrong[0] not in there else "not known" if wrong[0] not in expected else "of another shape"
-        )
-        more = f" and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+        problem = "not known" if wrong[0] not in expected else "of another shape" if wrong[0] in there else "missing"
+        more = f", and {len(wrong) - 1} more do not fit" if len(wrong) > 1 else ""
         raise UserError(f"{path} does not fit its config.json: {wrong[0]} is {problem}{more}")
     # An error in epsilon at t = 999 is 14.61 times as large in x0, so the UNet's last layer is always float32.
     exact = ("conv_norm_out.", "conv_out.")  # the VAE's of these names begin with encoder. and decoder.
@@ -596,6 +594,7 @@ def fetch(url, path, digest=None, repo=None, tries=4):
     for attempt in range(tries):
         if path.exists():
             return
+        time.sleep(attempt)
         start = part.stat().st_size if part.exists() else 0
         headers = {"User-Agent": "hipa"} | ({"Range": f"bytes={start}-"} if start else {})
         try:
@@ -624,7 +623,6 @@ def fetch(url, path, digest=None, repo=None, tries=4):
             reason = getattr(error, "reason", None) or error or repr(error)
             if getattr(error, "errno", None) == errno.ENOSPC:
                 break
-        time.sleep(attempt)
     if not path.exists():
         raise UserError(f"cannot download {url}: {reason}. Without a network: --model emoji, or a local folder")
 

@@ -197,12 +197,16 @@ class Targets:
         self.schedule, self.last = schedule, schedule.num_train_timesteps - 1
         self.shards = [range(i, min(i + SHARD, pairs + HELD_OUT)) for i in range(0, pairs + HELD_OUT, SHARD)]
 
+    def begins_later(self, k):
+        share = torch.rand((), generator=seeded("later", k)).item()
+        return k % SHARD > 0 and k < self.pairs and share < self.later
+
     def plan(self, k):
         """Pair k -> (the earlier pair whose picture it begins with, or None; whether that is blurred; its timestep)"""
-        share, blurred, t = torch.rand(3, generator=seeded("pair", k)).tolist()
-        if k % SHARD == 0 or k >= self.pairs or share >= self.later:
+        if not self.begins_later(k):
             return None, False, self.last
-        source = next(j for j in range(k - 1, -1, -1) if self.plan(j)[0] is None)
+        source = next(j for j in range(k - 1, -1, -1) if not self.begins_later(j))
+        blurred, t = torch.rand(2, generator=seeded("pair", k)).tolist()
         return source, blurred < 0.5, int(self.last * (0.2 + 0.8 * t))
 
     def prompt(self, k):
@@ -252,7 +256,7 @@ class Targets:
         t = torch.tensor([self.plan(k)[2] for k in indices])
         x, x0 = noise.clone(), torch.empty_like(noise)
         for later in (False, True):
-            chosen = [k for k in indices if (self.plan(k)[0] is not None) == later]
+            chosen = [k for k in indices if self.begins_later(k) == later]
             for part in (chosen[i : i + batch] for i in range(0, len(chosen), batch)):
                 rows = torch.tensor(part) - first
                 if later:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -62,6 +62,22 @@ def strip(rows, path):
     save_strip(pictures, len(PROMPTS), path)
 
 
+def contact_sheet(model, path):
+    """Every class under its name: a real picture, and beside it the model's in 25 steps."""
+    glyphs = read_glyphs()
+    names = [names[0] for _, names in glyphs]
+    real = to_pil(real_pictures(glyphs)[1][0].unflatten(0, (len(glyphs), -1))[:, 0])
+    drawn = to_pil(torch.cat([hipa.sample(model, [name], [seed]) for seed, name in enumerate(names)]))
+    cells = []
+    for name, *pair in zip(names, real, drawn):
+        cell = Image.new("RGB", (2 * pair[0].width + 8, pair[0].height + 16), "white")
+        cell.paste(grid(pair, columns=2), (4, 14))
+        ImageDraw.Draw(cell).text((6, 1), name, "black")
+        cells.append(cell)
+    grid(cells, columns=8).save(path, optimize=True)
+    print(path)
+
+
 def radial_power(pictures):
     """(B, 3, H, H) in [-1, 1] -> mean power of the grey picture at each distance from the spectrum's centre, H / 2
     bins from 0 to the Nyquist frequency. A Hann window first, because a picture does not go on at its other side."""
@@ -108,6 +124,7 @@ def main():
     strip(rows, DOCS / "strip.png")
     jobs_strip(rows, DOCS / "jobs.png")
     spectrum(rows, DOCS / "spectrum.png")
+    contact_sheet(frozen, DOCS / "contact_sheet.png")
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def fit(name, model, loss_of, minutes, batches, lr, build, parameters=None, ema=
     """Minimises loss_of(*batch) for `minutes` and returns an exponential moving average of the model's weights.
 
     AdamW; the rate warms up over 2 % of the time and falls along a cosine. The state is kept in `build/name.state`
-    every two minutes, and a second call goes on from there. Where there is none, `earlier` says how much training
+    every two minutes, and a second call continues from there. Where there is none, `earlier` says how much training
     `model` has had (minutes, samples, step), and the rate goes on from there. Every half hour and at the end
     report(average, progress) is called, and what it returns becomes a line of `build/name.csv`. Under torchrun each
     process takes its own batches, and gradients are averaged.
@@ -259,10 +259,10 @@ def fit(name, model, loss_of, minutes, batches, lr, build, parameters=None, ema=
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         bar.update(int(clock) - bar.n)
         bar.set_postfix(samples=progress["samples"], loss=f"{running:.4f}", refresh=False)
-        if clock - saved > 2:
+        if clock - saved > min(2, minutes / 10):
             save()
             saved = clock
-            if clock - reported > 30:
+            if clock - reported > min(30, minutes / 2):
                 reported = clock
                 write_report()
             last = minutes_used(device)  # reporting does not count as training
