@@ -167,28 +167,40 @@ SPELLINGS = {
 }  # fmt: skip
 
 
+# Settings of peft that make another kind of adaptor of the same tensors; only these values are plain LoRA.
+PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
+
+
 def load_lora(path, net):
     """Reads adaptors for `net` from a safetensors file -> {module path: (A, B)}, float32.
 
     The scale alpha / rank is folded into B; it is 1 where the file does not say. Raises ValueError for what is no such
-    file, and if a tensor belongs to no layer of `net`: applied in part, adaptors would be silently wrong.
+    file, for settings that mean another kind of adaptor, and if a tensor belongs to no layer of `net`: applied in part,
+    adaptors would be silently wrong.
     """
     try:
         with safe_open(path, "pt") as file:
             # peft's settings, as diffusers writes them: {"unet.r": 16, "unet.lora_alpha": 8, ...}
-            # Without "unet." where the UNet saved itself.
+            # Without "unet." where the UNet saved itself; peft itself writes them into a file beside this one.
             settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             settings = {key.removeprefix("unet."): value for key, value in settings.items()}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        if any(key.startswith("base_model.model.") for key in tensors):
+            settings = json.loads(Path(path).with_name("adapter_config.json").read_text("utf-8"))
+        unknown = [key for key, plain in PLAIN.items() if settings.get(key, plain) not in (plain, None, False)]
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} is missing, and without it the adaptors' strength is unknown") from None
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
+    if unknown:
+        raise ValueError(f"{path}: {unknown[0]} = {settings[unknown[0]]!r} is not supported")
     # kohya writes module paths with "_" for ".", which only the network itself can undo.
     paths = {path: path for path, _ in net.named_modules()} | {p.replace(".", "_"): p for p, _ in net.named_modules()}
     found, unknown = {}, []
     for key, tensor in tensors.items():
         ending = next((e for e in SPELLINGS if key.endswith(e)), "")
         name = key.removesuffix(ending)
-        for prefix in ("base_model.model.", "unet.", "lora_unet_"):
+        for prefix in ("base_model.model.", "unet.", "lora_unet_", "lycoris_"):
             name = name.removeprefix(prefix)
         if not ending or name not in paths:
             unknown.append(key)
@@ -211,6 +223,8 @@ def load_lora(path, net):
 def scale(settings, name, rank, alpha=None):
     """alpha / rank: alpha as kept with the layer, else as peft's settings have it, else the rank."""
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+{]", pattern):
+            raise ValueError(f"alpha_pattern {pattern[:50]!r} could take for ever to match")
         if alpha is None and re.match(rf"(.*\.)?({pattern})$", name):  # as peft matches: the end of a path, or a regex
             alpha = value
     alpha = settings.get("lora_alpha", rank) if alpha is None else alpha

@@ -24,7 +24,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-LORA_NAME = "pytorch_lora_weights.safetensors"
+LORA_NAME = "pytorch_lora_weights.safetensors"  # diffusers'
+PEFT_NAME = "adapter_model.safetensors"
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -101,7 +102,7 @@ def width_height(text):
 
 
 def lora_weight(text):
-    """ "file:0.8" -> (file, 0.8); "file" -> (file, 1.0); "none" -> None. A folder stands for LORA_NAME in it."""
+    """ "file:0.8" -> (file, 0.8); "file" -> (file, 1.0); "none" -> None. A folder stands for its file of adaptors."""
     if text == "none":
         return None, 0.0
     path, weight = text, 1.0
@@ -109,7 +110,9 @@ def lora_weight(text):
     if colon and not os.path.exists(text):  # Path.exists() raises for names the file system cannot hold
         with contextlib.suppress(ValueError):
             path, weight = head, float(tail)
-    path = Path(path) / LORA_NAME if os.path.isdir(path) else Path(path)
+    path = Path(path)
+    if os.path.isdir(path):
+        path /= PEFT_NAME if (path / PEFT_NAME).exists() else LORA_NAME
     if not os.path.isfile(path):
         raise argparse.ArgumentTypeError(f"no file {str(path)!r}")
     if not -100 <= weight <= 100:  # false for nan
