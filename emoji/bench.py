@@ -1,7 +1,7 @@
 """Speed and memory beside diffusers, in one run on one machine: every row is a ratio, below 1 is better for us.
 
-    python tests/bench.py                # all rows: about nine minutes on 2 cores, and 6 GB of disk for a while
-    python tests/bench.py command small  # only these
+    python emoji/bench.py                # all rows: about nine minutes on 2 cores, and 6 GB of disk for a while
+    python emoji/bench.py command small  # only these
 
 Not a test: nothing fails here. Ours and theirs take turns, and the medians are compared.
 """
@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import hipa  # noqa: E402
 import train  # noqa: E402
@@ -32,7 +32,7 @@ from sample import LORA_NAME, apply_lora  # noqa: E402
 from unet import UNet2DConditionModel, UNetConfig  # noqa: E402
 from vae import AutoencoderKL, VAEConfig  # noqa: E402
 
-CONFIGS = Path(__file__).resolve().parent / "official_configs"
+CONFIGS = ROOT / "tests" / "official_configs"
 
 
 def compare(name, ours, theirs, rounds, unit="s"):
@@ -227,41 +227,49 @@ from train import HERE, load_distance
 torch.manual_seed(0)
 model, loss = hipa.load("emoji"), HiPALoss(load_distance("dists", HERE / "emoji"))
 noise, target = torch.randn(2, batch, 4, 16, 16)
-timesteps, seconds = torch.full((batch,), 999), []
-with torch.no_grad():
-    states = model.encode(["a cat"] * batch)
-unet, decode = model.unet, model.vae.decode
+prompts, timesteps, seconds = ["a cat"] * batch, torch.full((batch,), 999), []
 if kind == "ours":
-    parameters = add_lora(unet, 16, "all")
+    parameters = add_lora(model.unet, 16, "all")
+    def terms_of_a_step():
+        return hipa.adaptation_loss(model, loss, hipa.student(model, prompts, noise, timesteps), target)
 else:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from peft import LoraConfig
-    unet = UNet2DConditionModel.from_pretrained("emoji/unet", torch_dtype=torch.float32).requires_grad_(False)
-    vae = AutoencoderKL.from_pretrained("emoji/vae", torch_dtype=torch.float32).requires_grad_(False)
-    del model.unet, model.vae
-    decode = lambda latent: vae.decode(latent / vae.config.scaling_factor).sample
+    from transformers import CLIPTextModel, CLIPTokenizer
+    load = dict(torch_dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained("emoji/tokenizer")
+    text = CLIPTextModel.from_pretrained("emoji/text_encoder", **load).requires_grad_(False)
+    unet = UNet2DConditionModel.from_pretrained("emoji/unet", **load).requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained("emoji/vae", **load).requires_grad_(False)
+    schedule = model.schedule
+    del model
     layers = [n for n, m in unet.named_modules() if type(m) in (torch.nn.Linear, torch.nn.Conv2d)]
     unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=layers))
     parameters = [p for p in unet.parameters() if p.requires_grad]
+    def decode(latent):
+        return vae.decode(latent / vae.config.scaling_factor).sample
+    def terms_of_a_step():
+        ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+        prediction = unet(noise, timesteps, text(ids).last_hidden_state).sample
+        with torch.no_grad():
+            picture = decode(target)
+        return loss(decode(schedule.predict_x0(noise, timesteps, prediction)), picture)
 optimizer = torch.optim.AdamW(parameters, 1e-4)
-with torch.no_grad():
-    picture = decode(target)
 for _ in range(5):
     start = time.perf_counter()
-    prediction = unet(noise, timesteps, states)
-    prediction = prediction if kind == "ours" else prediction.sample
-    terms = loss(decode(model.schedule.predict_x0(noise, timesteps, prediction)), picture)
+    terms = terms_of_a_step()
     sum(terms.values()).backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad()
     seconds.append(time.perf_counter() - start)
-print(json.dumps([median(seconds[1:]), peak() / 2**30, sum(p.numel() for p in parameters)]))
+print(json.dumps([median(seconds[1:]), peak() / 2**30, sum(p.numel() for p in parameters), float(sum(terms.values()))]))
 """
 
 
 def bench_train():
-    """One update of the adaptors of every layer, rank 16, with the same loss: ours, and diffusers' networks with peft.
+    """One update of the adaptors of every layer, rank 16: by `hipa.student` and `hipa.adaptation_loss`, and by
+    diffusers' networks with peft and the same loss.
 
     A process each, so that the peak of memory is its own; it includes the interpreter and the libraries.
     """
@@ -285,71 +293,71 @@ def bench_gpu():
         print("no GPU here: its rows are left out")
         return
     torch.set_float32_matmul_precision("high")
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    rate = 2 * 8192**3 * 20 / gpu_seconds(lambda: [a @ b for _ in range(20)], 3)
+    print(f"{torch.cuda.get_device_name()}; a matrix product of 8192: {rate / 1e12:.0f} TFLOP/s in bfloat16\n")
+    gpu_pictures(random_model(CONFIGS / "sd21base", "cuda"), rate)
+    gpu_training(random_model(CONFIGS / "sd21base", "cuda"), HiPALoss(DISTS(VGG())).cuda(), rate)
+
+
+def random_model(folder, device):
+    """A model with random weights, float32, of the sizes in a checkpoint's config files. All prompts are one to it."""
     parts = {
         "text_encoder": (CLIPTextModel, CLIPTextConfig),
         "unet": (UNet2DConditionModel, UNetConfig),
         "vae": (AutoencoderKL, VAEConfig),
     }
-
-    def nets():
-        with torch.device("cuda"):
-            for part, (kind, config) in parts.items():
-                yield kind(hipa.read_config(config, CONFIGS / "sd21base" / part / "config.json")).requires_grad_(False)
-
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    rate = 2 * 8192**3 * 20 / gpu_seconds(lambda: [a @ b for _ in range(20)], 3)
-    print(f"{torch.cuda.get_device_name()}; a matrix product of 8192: {rate / 1e12:.0f} TFLOP/s in bfloat16\n")
-    gpu_pictures(*nets(), rate)
-    gpu_training(*nets(), HiPALoss(DISTS(VGG())).cuda(), rate)
+    with torch.device(device):
+        nets = {
+            part: kind(hipa.read_config(config, folder / part / "config.json")).requires_grad_(False).eval()
+            for part, (kind, config) in parts.items()
+        }
+    places = nets["text_encoder"].config.max_position_embeddings
+    return hipa.StableDiffusion(
+        lambda prompts: torch.ones(len(prompts), places, dtype=int), schedule=hipa.Schedule(), **nets
+    )
 
 
-def to_bfloat16(*nets, unet):
+def to_bfloat16(model):
     """As the loader does: the UNet's last layers stay in float32."""
-    for net in (*nets, unet):
+    for net in (model.text_encoder, model.vae, model.unet):
         net.bfloat16()
-    unet.conv_norm_out.float(), unet.conv_out.float()
+    model.unet.conv_norm_out.float(), model.unet.conv_out.float()
 
 
-def gpu_pictures(text, unet, vae, rate, side=64, batches=(1, 8)):
-    """One-step pictures by part: as they are, then compiled. `rate`: FLOP/s to compare with; `side`: of the latent.
+def gpu_pictures(model, rate, batches=(1, 8)):
+    """One-step pictures by part: as they are, then compiled. `rate`: FLOP/s to compare with.
 
     Prints also how long compiling took, and how far bfloat16 is from float32.
     """
-    device, schedule = unet.conv_in.weight.device, hipa.Schedule()
+    side = model.unet.config.sample_size
 
     def parts(batch):
-        ids, timesteps = (
-            torch.ones(batch, text.config.max_position_embeddings, dtype=int, device=device),
-            torch.full((batch,), 999, device=device),
-        )
-        noise = torch.randn(batch, 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-        dtype = vae.decoder.conv_in.weight.dtype
-        states, latent = text(ids), noise.to(dtype)
-        x0 = lambda states: schedule.predict_x0(noise, timesteps, unet(latent, timesteps, states).float())  # noqa: E731
-        decode = lambda x0: vae.decode(x0.to(dtype)).float()  # noqa: E731
+        prompts, timesteps = ["a cat"] * batch, torch.full((batch,), 999, device=model.device)
+        latent = hipa.noise(range(batch), 4, side, side).to(model.device)
+        with torch.no_grad():
+            states = model.encode_text(prompts)
         return {
-            "text": lambda: text(ids), "UNet": lambda: x0(states), "decoder": lambda: decode(noise),
-            "all": lambda: decode(x0(text(ids))),
-        }  # fmt: skip
+            "text": lambda: model.encode_text(prompts),
+            "UNet": lambda: model.unet(latent.to(model.dtype), timesteps, states),
+            "decoder": lambda: model.decode(latent),
+            "all": lambda: hipa.sample(model, prompts, range(batch), steps=1),
+        }
 
     exact = parts(1)["all"]()
-    to_bfloat16(text, vae, unet=unet)
+    to_bfloat16(model)
     error = (parts(1)["all"]() - exact).abs()
     print(f"a one-step picture in bfloat16 is {error.mean():.4f} from float32's in the mean, {error.max():.3f} at most "
           f"(its values spread by {exact.std():.2f})\n")  # fmt: skip
     with FlopCounterMode(display=False) as counter:
         parts(1)["all"]()
-    print(
-        "| one-step pictures | "
-        + " | ".join(f"{part}, ms" for part in parts(1))
-        + " | pictures/s | share of the rate |"
-    )
-    print("|---|" + "---|" * 6)
+    names = [f"{name}, ms" for name in parts(1)]
+    print(f"| one-step pictures | {' | '.join(names)} | pictures/s | share of the rate |\n|---|" + "---|" * 6)
     for compiled in (False, True):
         if compiled:
             start = time.perf_counter()
-            for net in (unet, vae.decoder):
-                net.compile()
+            for network in (model.text_encoder, model.unet, model.vae.decoder):
+                network.compile()
             parts(1)["all"]()
             compiling = time.perf_counter() - start
         for batch in batches:
@@ -361,25 +369,21 @@ def gpu_pictures(text, unet, vae, rate, side=64, batches=(1, 8)):
     print(f"\ncompiling, for the first picture: {compiling:.0f} s\n")
 
 
-def gpu_training(text, unet, vae, loss, rate, side=64, batches=(1, 4, 8)):
-    """One update of the adaptors of the attention layers: compiled, checkpointed."""
-    device, schedule = unet.conv_in.weight.device, hipa.Schedule()
-    to_bfloat16(text, vae, unet=unet)
-    parameters = add_lora(unet, 16)
-    optimizer = torch.optim.AdamW(parameters, 1e-4, fused=True)
+def gpu_training(model, loss, rate, batches=(1, 4, 8)):
+    """One update of the adaptors of the attention layers, as train.py makes it: compiled, checkpointed."""
+    side, cuda = model.unet.config.sample_size, model.device.type == "cuda"
+    to_bfloat16(model)
+    parameters = add_lora(model.unet, 16)
+    optimizer = torch.optim.AdamW(parameters, 1e-4)
 
     def step(batch):
-        noise, target = torch.randn(2, batch, 4, side, side, device=device)
-        timesteps = torch.full((batch,), 999, device=device)
-        with torch.no_grad():
-            states = text(torch.ones(batch, text.config.max_position_embeddings, dtype=int, device=device))
+        noise, target = torch.randn(2, batch, 4, side, side, device=model.device)
+        prompts, timesteps = ["a cat"] * batch, torch.full((batch,), 999, device=model.device)
 
         def run():
             with torch.enable_grad():
-                x0 = schedule.predict_x0(noise, timesteps, unet(noise.bfloat16(), timesteps, states).float())
-                with torch.no_grad():
-                    picture = vae.decode(target.bfloat16()).float()
-                sum(loss(vae.decode(x0.bfloat16()).float(), picture).values()).backward()
+                predicted = hipa.student(model, prompts, noise, timesteps)
+                sum(hipa.adaptation_loss(model, loss, predicted, target).values()).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -388,17 +392,17 @@ def gpu_training(text, unet, vae, loss, rate, side=64, batches=(1, 4, 8)):
 
     with FlopCounterMode(display=False) as counter:
         step(1)()
-    train.checkpoint_activations(unet, vae.decoder)
-    for net in (unet, vae.decoder, loss.distance):
-        net.compile()
+    train.checkpoint_activations(model, loss.distance)
+    for network in (model.text_encoder, model.unet, model.vae.decoder, loss):
+        network.compile(dynamic=False)
     print(f"{sum(p.numel() for p in parameters):,} trained parameters\n")
     print("| training, batch | samples/s | peak GiB | share of the rate | hours for 100,000 pairs |")
     print("|---|---|---|---|---|")
     for batch in batches:
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         seconds = gpu_seconds(step(batch), 5) / batch
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
         share, hours = counter.get_total_flops() / seconds / rate, seconds * 100_000 / 3600
         print(f"| {batch} | {1 / seconds:.2f} | {peak:.1f} | {share:.2f} | {hours:.1f} |", flush=True)
 
