@@ -222,7 +222,9 @@ def fit(name, model, loss_of, minutes, batches, lr, build, parameters=None, ema=
         row = {key: round(value, 2) for key, value in progress.items()} | {"loss": round(running, 5)}
         row |= report(average, progress)
         with open(build / f"{name}.csv", "a") as log:
-            print(*(row if not log.tell() else row.values()), sep=",", file=log)
+            if not log.tell():
+                print(*row, sep=",", file=log)
+            print(*row.values(), sep=",", file=log)
         tqdm.write(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
 
     bar = tqdm(total=round(minutes), initial=round(progress["minutes"]), desc=name, unit="min", disable=RANK > 0)
