@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import hipa
 import sample
+from conftest import quiet_pipeline
+from vae import to_pil
 
 EMOJI = Path(hipa.__file__).parent / "emoji"
 sys.path.insert(0, str(EMOJI))
@@ -36,31 +39,19 @@ def adapted():
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoint
-@pytest.mark.parametrize("steps", [1, 5])
-def test_diffusers_draws_the_same(model, steps):
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(EMOJI)
-    pipeline.set_progress_bar_config(disable=True)
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "adaptors"])
+@pytest.mark.parametrize("steps, guidance", [(1, 7.5), (5, 7.5), (1, 1.0)])
+def test_diffusers_draws_the_same(model, lora, steps, guidance):
+    """The adaptors of the shipped file are merged here, and beside the layers there."""
+    pipeline = quiet_pipeline(StableDiffusionPipeline, EMOJI)
+    if lora:
+        pipeline.load_lora_weights(EMOJI)
     generator = torch.Generator().manual_seed(3)
-    theirs = pipeline("a cat", num_inference_steps=steps, generator=generator, guidance_scale=7.5).images[0]
-    ours = sample.to_pil(hipa.sample(model, ["a cat"], [3], steps, guidance=7.5))[0]
+    theirs = pipeline("a cat", num_inference_steps=steps, generator=generator, guidance_scale=guidance).images[0]
+    ours = to_pil(hipa.sample(adapted() if lora else model, ["a cat"], [3], steps, guidance))[0]
     largest = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max()
     print(f"emoji, {steps} steps: largest difference {largest} of 255")
     assert largest <= 1
-
-
-def test_diffusers_draws_the_same_with_the_adaptors():
-    """One step, the shipped file: merged here, beside the layers there."""
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(EMOJI)
-    pipeline.load_lora_weights(EMOJI)
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(3)
-    theirs = pipeline("a cat", num_inference_steps=1, generator=generator, guidance_scale=1).images[0]
-    ours = sample.to_pil(hipa.sample(adapted(), ["a cat"], [3], 1))[0]
-    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
 
 
 def test_the_first_command_of_the_readme(tmp_path):

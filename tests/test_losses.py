@@ -120,13 +120,6 @@ def assert_same_gradients(what, ours, theirs, x, y):
 
 
 # ----------------------------------------------------------------------------------------------------------------- VGG
-def test_vgg_has_the_names_and_shapes_of_torchvision():
-    with torch.device("meta"):
-        theirs, ours = torchvision.models.vgg16(weights=None).state_dict(), VGG().state_dict()
-    shapes = {name: tensor.shape for name, tensor in theirs.items() if name.startswith("features.")}
-    assert {name: tensor.shape for name, tensor in ours.items()} == shapes
-
-
 @pytest.mark.parametrize("height, width", SIZES)
 def test_vgg_gives_the_five_stages(features, vgg, height, width):
     """Each stage's last ReLU, of a picture normalised as torchvision does it."""
@@ -196,19 +189,16 @@ def test_distance_is_the_authors(monkeypatch, features, official, kind, height, 
     assert_same_gradients(f"{kind}, {height}x{width}", ours, theirs, x, y)
 
 
-@pytest.mark.parametrize("kind, faint", [("LPIPS", 1e-10), ("DISTS", 3e-3)])
-def test_distance_is_the_authors_where_features_are_faint(monkeypatch, official, kind, faint):
-    """There the small constants that keep them from dividing by 0 count: 1e-10 beside a length, 1e-6 beside squares."""
+@pytest.mark.parametrize("kind, faint, dark", [("LPIPS", 1e-10, 1), ("DISTS", 3e-3, 1), ("DISTS", 1, 1e-2)])
+def test_distance_is_the_authors_where_features_are_faint(monkeypatch, official, kind, faint, dark):
+    """There the small constants that keep them from dividing by 0 count: 1e-10 beside a length, 1e-6 beside squares.
+
+    The picture itself, which may be dark, is the first of the six stages that DISTS compares, and not normalised there.
+    """
     ours, theirs = PAIRS[kind](monkeypatch, random_features(faint), official)
     x, y = pair(17, 24)
+    x, y = dark**1.5 * x, dark * y
     assert_same(f"{kind}, faint features", ours(x, y), theirs(x, y))
-
-
-def test_dists_of_dark_pictures(monkeypatch, features, official):
-    """The picture itself is the first of the six stages that DISTS compares, and not normalised there."""
-    ours, theirs = dists_pair(monkeypatch, features, official)
-    x, y = pair(17, 24)
-    assert_same("DISTS, dark pictures", ours(1e-3 * x, 1e-2 * y), theirs(1e-3 * x, 1e-2 * y))
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -309,44 +299,21 @@ def test_high_pass_at_the_cut(down, right, radius):
         assert_unchanged(high_pass(wave(48, 64, *more), radius), wave(48, 64, *more))
 
 
-def test_high_pass_separates_what_is_added():
-    """The usual case: a mean, a slow wave and a quick one, in one picture."""
-    slow, quick = wave(49, 67, 2, 3), wave(49, 67, 11, -9)
-    assert radius_of(49, 67, 2, 3) < 0.25 < radius_of(49, 67, 11, -9)
-    assert_unchanged(high_pass(0.4 + 0.3 * slow + 0.1 * quick, 0.25), 0.1 * quick)
-
-
+@pytest.mark.parametrize("radius", [0, 0.3, 2])
 @pytest.mark.parametrize("height, width", [(16, 16), (15, 22), (22, 15), (9, 7), (1, 8)])
-def test_high_pass_of_pictures(height, width):
-    """NumPy's full transform in float64 gives the same, picture by picture and channel by channel."""
+def test_high_pass_of_pictures(height, width, radius):
+    """NumPy's full transform in float64 gives the same, picture by picture and channel by channel.
+
+    Radius 0 takes out the mean and nothing else; one beyond the corner, sqrt(2), takes out everything.
+    """
     x = pictures(2, 3, height, width)
     down, right = np.fft.fftfreq(height, 0.5)[:, None], np.fft.fftfreq(width, 0.5)
-    spectrum = np.fft.fft2(x.double().numpy()) * (np.hypot(down, right) > 0.3)
+    spectrum = np.fft.fft2(x.double().numpy()) * (np.hypot(down, right) > radius)
     expected = np.fft.ifft2(spectrum)
     assert np.abs(expected.imag).max() < 1e-12
-    assert_unchanged(high_pass(x, 0.3), torch.from_numpy(expected.real).float())
-
-
-def test_high_pass_twice_is_high_pass():
-    once = high_pass(pictures(2, 3, 15, 22), 0.25)
-    assert_unchanged(high_pass(once, 0.25), once)
-
-
-def test_high_pass_is_linear():
-    x, y = pair(15, 22)
-    assert_unchanged(high_pass(3 * x - 2 * y, 0.25), 3 * high_pass(x, 0.25) - 2 * high_pass(y, 0.25))
-
-
-@pytest.mark.parametrize("radius", [0, 0.05, 0.25, 1, 2])
-def test_high_pass_takes_out_the_mean(radius):
-    """Of each channel; with radius 0 nothing else, and with one beyond the corner, sqrt(2), everything."""
-    x = pictures(2, 3, 15, 22)
-    passed = high_pass(x, radius)
-    assert_gone(passed.mean(dim=(2, 3)))
-    if radius == 0:
-        assert_unchanged(passed, x - x.mean(dim=(2, 3), keepdim=True))
-    if radius > math.sqrt(2):
-        assert_gone(passed)
+    assert_unchanged(high_pass(x, radius), torch.from_numpy(expected.real).float())
+    if radius != 0.3:
+        assert_unchanged(high_pass(x, radius), 0 * x if radius else x - x.mean(dim=(2, 3), keepdim=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- sobel
@@ -369,18 +336,6 @@ def test_sobel_of_a_step():
     assert_unchanged(sobel(step() / 4), (expected / 4).clamp(min=FLAT))
 
 
-@pytest.mark.parametrize("mirror", [(), (2,), (3,), (2, 3)])
-def test_sobel_of_a_diagonal_step(mirror):
-    """1 where column > row. Beside the edge, at column - row = 0, the rows of the horizontal kernel (1, 2, 1) / 4 see
-    the step in two of three: 1/4 + 2/4 + 0; the vertical one as much. A pixel further off they see it in one, 1/4."""
-    distance = torch.arange(12) - torch.arange(12)[:, None]  # column - row; the edge lies between 0 and 1
-    expected = torch.full((12, 12), FLAT)
-    expected[(distance == 0) | (distance == 1)] = 0.75 * math.sqrt(2)
-    expected[(distance == -1) | (distance == 2)] = 0.25 * math.sqrt(2)
-    ours = sobel((distance > 0).float()[None, None].flip(mirror)).flip(mirror)
-    assert_unchanged(ours[0, 0, 1:-1, 1:-1], expected[1:-1, 1:-1])  # the picture's repeated border bends the edge
-
-
 def test_sobel_of_pictures():
     """Written out in float64: differences of the neighbours two pixels apart, averaged as 1, 2, 1 along the edge."""
     x = pictures(2, 3, 9, 14)
@@ -389,13 +344,6 @@ def test_sobel_of_pictures():
     right = (right[..., :-2, :] + 2 * right[..., 1:-1, :] + right[..., 2:, :]) / 4
     down = (down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]) / 4
     assert_unchanged(sobel(x), torch.from_numpy(np.sqrt(right**2 + down**2 + 1e-8)).float())
-
-
-def test_sobel_sees_each_channel_alone():
-    x = pictures(2, 3, 9, 14)
-    assert_unchanged(sobel(x), torch.cat([sobel(x[:, i : i + 1]) for i in range(3)], dim=1))
-    x[:, 1] = 0.5
-    assert_unchanged(sobel(x)[:, 1], torch.full((2, 9, 14), FLAT))
 
 
 @pytest.mark.parametrize("brightness", [0, 0.5, 1])
@@ -519,28 +467,6 @@ def test_loss_takes_half_precision():
     picture, target = (x.bfloat16() for x in drawn())
     assert all(term.dtype == torch.float32 for term in HiPALoss(distance, energy=1)(picture, target).values())
     assert all(x.dtype == y.dtype == torch.float32 for x, y in distance.asked)
-
-
-def changes(distance, more):
-    """By how much each term changes when `more` is added to the picture"""
-    loss, (picture, target) = HiPALoss(distance, radius=0.25), drawn()
-    before, after = loss(picture, target), loss(picture + more, target)
-    return {name: (after[name] - before[name]).abs().item() for name in before}
-
-
-def test_fourier_term_ignores_low_frequencies(small):
-    """A slow wave, below the cut, changes the pictures' distance but not that of their high frequencies."""
-    assert radius_of(24, 33, 2, 2) < 0.25 < radius_of(24, 33, 6, 5)
-    for distance in small:
-        slow, quick = (changes(distance, 0.4 * wave(24, 33, *periods)) for periods in ((2, 2), (6, 5)))
-        assert slow["fourier"] < LIMIT and slow["spatial"] > 1e-3
-        assert quick["fourier"] > 1e-3
-
-
-def test_sobel_and_fourier_terms_ignore_brightness(small):
-    for distance in small:
-        change = changes(distance, 0.3)
-        assert change["sobel"] < LIMIT and change["fourier"] < LIMIT and change["spatial"] > 1e-3
 
 
 # -------------------------------------------------------------------------------------------- the embedded feature net

@@ -142,6 +142,14 @@ REFUSED = {
 }
 
 
+def read_changed(part, settings, folder):
+    """The official config of SD 2.1-base with other settings."""
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    official = json.loads((OFFICIAL / "sd21base" / part / name).read_text())
+    (folder / name).write_text(json.dumps(official | settings))
+    return read_ours(part, folder / name)
+
+
 @pytest.mark.parametrize(
     "part, setting",
     [(part, setting) for part, settings in REFUSED.items() for setting in settings],
@@ -149,28 +157,15 @@ REFUSED = {
 )
 def test_unsupported_settings_are_refused(part, setting, tmp_path):
     """What the code would compute differently ends in a message that names the setting, and in no picture."""
-    name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    official = json.loads((OFFICIAL / "sd21base" / part / name).read_text())
-    (tmp_path / name).write_text(json.dumps(official | setting))
     with pytest.raises(hipa.UserError, match=f"{next(iter(setting))} = .* not supported"):
-        read_ours(part, tmp_path / name)
+        read_changed(part, setting, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "part, setting",
-    [
-        (
-            "unet",
-            {"upcast_attention": True, "sample_size": 96, "class_embed_type": None, "resnet_skip_time_act": False},
-        ),
-        ("vae", {"force_upcast": False, "sample_size": 32, "scaling_factor": 0.13, "latents_mean": None}),
-        ("scheduler", {"clip_sample": True, "timestep_spacing": "leading", "_class_name": "DDIMScheduler"}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_harmless_settings_are_accepted(part, setting, tmp_path):
+def test_harmless_settings_are_accepted(tmp_path):
     """Settings that change nothing here, and "none" for what is not supported, as diffusers writes them all."""
-    name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    official = json.loads((OFFICIAL / "sd21base" / part / name).read_text())
-    (tmp_path / name).write_text(json.dumps(official | setting))
-    read_ours(part, tmp_path / name)
+    unet = {"upcast_attention": True, "sample_size": 96, "class_embed_type": None, "resnet_skip_time_act": False}
+    vae = {"force_upcast": False, "sample_size": 32, "scaling_factor": 0.13, "latents_mean": None}
+    scheduler = {"clip_sample": True, "timestep_spacing": "leading", "_class_name": "DDIMScheduler"}
+    assert read_changed("unet", unet, tmp_path).sample_size == 96
+    assert read_changed("vae", vae, tmp_path).scaling_factor == 0.13
+    assert read_changed("scheduler", scheduler, tmp_path) == hipa.Schedule()

@@ -18,6 +18,7 @@ sys.path.insert(0, str(EMOJI))
 
 import peers  # noqa: E402
 from parity import assert_same  # noqa: E402
+from test_devices import Accelerator  # noqa: E402
 
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -39,7 +40,7 @@ def test_sampling_equals_diffusers(model, steps):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(1, 4, 16, 16, generator=generator)
         with torch.no_grad():
-            context = model.encode([prompt])
+            context = model.encode_text([prompt])
             for t in scheduler.timesteps:
                 x, denoised = scheduler.step(
                     model.unet(x, t.expand(1), context), t, x, generator=generator, return_dict=False
@@ -78,7 +79,7 @@ def distillation(model):
     parameters = lora.add_lora(student.unet, 4, "all")
     self = SimpleNamespace(model=student, student=student, args=SimpleNamespace(seed=0, guidance=2.0), step=0)
     x0 = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    loss = lambda: peers.LatentConsistency.loss_of(self, None, None, x0, ["a cat"] * 6)["consistency"]  # noqa: E731
+    loss = lambda: peers.LatentConsistency.loss_of(self, None, None, x0, ["a cat"] * 6, False)["consistency"]  # noqa: E731
     return SimpleNamespace(loss=loss, run=self, parameters=parameters)
 
 
@@ -102,7 +103,7 @@ def test_the_loss_is_that_of_two_points_of_the_teachers_trajectory(distillation,
     for t, noise, clean in zip(starts, noises, x0):
         with torch.no_grad():
             x = lcm.add_noise(clean[None], noise[None], t[None])
-            states = model.encode(["", "a cat"])
+            states = model.encode_text(["", "a cat"])
             without, with_text = model.unet(torch.cat([x, x]), t.expand(2), states).chunk(2)
             later = ddim.step(without + 2.0 * (with_text - without), t, x).prev_sample
 
@@ -128,6 +129,20 @@ def test_only_the_adaptors_learn(distillation):
     distillation.loss().backward()
     learned = {name for name, p in distillation.run.model.unet.named_parameters() if p.grad is not None}
     assert learned and all(".lora_" in name for name in learned)
+
+
+def test_everything_is_on_the_models_device():
+    """Training and sampling, on a device that is not the CPU."""
+    with Accelerator():
+        model = hipa.load("emoji", "meta")
+        parameters = lora.add_lora(model.unet, 2)
+        run = SimpleNamespace(model=model, student=model, args=SimpleNamespace(seed=0, guidance=2.0), step=0)
+        x0 = torch.zeros(2, 4, 16, 16, device="meta")
+        terms = peers.LatentConsistency.loss_of(run, x0, None, x0, ["a cat"] * 2, False)
+        sum(terms.values()).backward()
+        assert all(parameter.grad.is_meta for parameter in parameters)
+        with torch.no_grad():
+            assert peers.sample_consistency(model, ["a cat"] * 2, [0, 1], 2).is_meta
 
 
 def test_the_command_that_trains_it(tmp_path):

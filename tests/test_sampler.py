@@ -1,10 +1,11 @@
 """The sampler is diffusers' DPMSolverMultistepScheduler with "trailing" timesteps, and `hipa.sample` its pipeline.
 
+THE METHOD is the sampler and one evaluation of the same network: teacher, student, and what compares the two.
+
 Errors are printed (`pytest -rP`) and at most 1e-5 of the largest value in the latent or picture.
 """
 
-import subprocess
-import sys
+import copy
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from PIL import Image
 
 import hipa
-from conftest import ROOT, SCHEDULE, quiet_pipeline
+from conftest import SCHEDULE, quiet_pipeline, run_sample
+from lora import add_lora, factors
+from losses import DISTS, VGG, HiPALoss, VGGConfig
 from parity import assert_same, normal
 
 PREDICTIONS = ["epsilon", "v_prediction"]
@@ -27,28 +30,32 @@ def no_gradients():
 
 # ------------------------------------------------------------------------------------------------------------ schedule
 def test_schedule():
-    """The noise is diffusers', and at t = 999 an error in epsilon grows 14.65 times in x0."""
+    """The noise is diffusers', and at t = 999 an error in epsilon is 14.61 times as large in x0."""
     schedule = hipa.Schedule()
     assert torch.equal(schedule.alphas_cumprod, DDPMScheduler(**SCHEDULE).alphas_cumprod)
     alpha, sigma = schedule.alpha_sigma(999)
-    assert schedule.alphas_cumprod[999].item() == pytest.approx(0.004660, abs=5e-7)
-    assert (1 / alpha, sigma) == pytest.approx((14.65, 0.99767), abs=5e-3)
-    assert schedule.alpha_sigma(-1) == (1, 0)
+    assert alpha.dtype == sigma.dtype == torch.float64 and alpha.shape == sigma.shape == ()
+    assert (alpha.item() ** 2, (sigma / alpha).item()) == pytest.approx((0.004660, 14.61), rel=1e-3)
+    levels = [torch.stack([schedule.alpha_sigma(t)[k] for t in (3, 999)]).float() for k in (0, 1)]
+    for ours, expected in zip(schedule.alpha_sigma(torch.tensor([3, 999])), levels):
+        assert ours.shape == (2, 1, 1, 1)
+        torch.testing.assert_close(ours.flatten(), expected)
 
 
+@pytest.mark.parametrize("t", [0, 1, 500, 999, [17, 999]], ids=str)
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("t", [0, 500, 999])
-def test_x0_from_the_prediction(prediction_type, t):
-    """A network that predicts perfectly gives back the x0 that diffusers' add_noise and get_velocity started from."""
-    reference, x0, epsilon, when = (
-        DDPMScheduler(**SCHEDULE),
-        normal(2, 4, 6, 5),
-        normal(2, 4, 6, 5, seed=1),
-        torch.tensor([t]),
-    )
-    x = reference.add_noise(x0, epsilon, when)
+def test_noise_and_prediction(prediction_type, t):
+    """add_noise is diffusers', and from the x it gives and a perfect prediction, predict_x0 gives back x0.
+
+    At one timestep, or at one for each picture.
+    """
+    schedule, reference = hipa.Schedule(prediction_type=prediction_type), DDPMScheduler(**SCHEDULE)
+    x0, epsilon, when = normal(2, 4, 6, 5), normal(2, 4, 6, 5, seed=1), torch.tensor(t).expand(2)
+    t = torch.tensor(t) if isinstance(t, list) else t
+    x = schedule.add_noise(x0, t, epsilon)
+    assert_same(f"noised to {t}", x, reference.add_noise(x0, epsilon, when))
     prediction = epsilon if prediction_type == "epsilon" else reference.get_velocity(x0, epsilon, when)
-    assert_same(f"x0, t = {t}", hipa.Schedule(prediction_type=prediction_type).predict_x0(x, t, prediction), x0)
+    assert_same(f"x0, t = {t}", schedule.predict_x0(x, t, prediction), x0)
 
 
 # -------------------------------------------------------------------------------------------------------------- solver
@@ -61,13 +68,35 @@ def toy_network(x, t):
     return torch.tanh((0.4 + t / 2000) * x + 0.3 * x.roll(1, -1) + 0.2)
 
 
-@pytest.mark.parametrize("steps", [*range(1, 61), 96, 112, 144, 1000])  # 48, 96, 112: halves to round
-def test_timesteps(steps):
-    """From 999, pure noise, down: diffusers' "trailing" spacing."""
-    reference = diffusers_solver()
-    reference.set_timesteps(steps)
-    assert hipa.Schedule().timesteps(steps) == reference.timesteps.tolist()
-    assert reference.timesteps[0] == 999
+def predict_x0_of(schedule):
+    return lambda x, t: schedule.predict_x0(x, t, toy_network(x, t))
+
+
+def test_timesteps():
+    """From 999, pure noise, down: diffusers' "trailing" spacing. 48, 96 and 112 steps have halves to round."""
+    for steps in (*range(1, 61), 96, 112, 144, 1000):
+        reference = diffusers_solver()
+        reference.set_timesteps(steps)
+        assert hipa.Schedule().timesteps(steps) == reference.timesteps.tolist()
+
+
+@pytest.mark.parametrize("first", [0, 5, 299, 699, 998, 999])
+@pytest.mark.parametrize("steps", [1, 2, 5, 25])
+def test_timesteps_from_any_first(first, steps):
+    """Down from `first`, evenly, and not to -1, the clean picture; from 999 those of `sample`."""
+    timesteps = hipa.Schedule().timesteps(steps, first)
+    assert timesteps[0] == first and len(timesteps) == min(steps, first + 1)
+    strides = [a - b for a, b in zip(timesteps, [*timesteps[1:], -1])]
+    assert min(strides) >= 1 and max(strides) - min(strides) <= 1
+    assert first < 999 or timesteps == hipa.Schedule().timesteps(steps)
+
+
+def test_timesteps_from_one_first_for_each_picture():
+    """(steps, B), as many steps as the lowest allows."""
+    schedule, first = hipa.Schedule(), torch.tensor([999, 300, 5])
+    for steps, most in ((1, 1), (4, 4), (25, 6)):
+        found = schedule.timesteps(steps, first)
+        assert found.T.tolist() == [schedule.timesteps(most, t) for t in first.tolist()]
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -76,9 +105,7 @@ def test_solver(steps, prediction_type):
     """Noise ends where diffusers' solver takes it, whatever the network predicts and however many steps there are."""
     schedule, reference = hipa.Schedule(prediction_type=prediction_type), diffusers_solver(prediction_type)
     start, calls = normal(2, 4, 6, 5), []
-    ours = hipa.dpm_solver(
-        lambda x, t: schedule.predict_x0(x, t, toy_network(x, t)), start, schedule, steps, lambda: calls.append(1)
-    )
+    ours = hipa.dpm_solver(predict_x0_of(schedule), start, schedule, steps, progress=lambda: calls.append(1))
     theirs = start
     reference.set_timesteps(steps)
     for t in reference.timesteps:
@@ -87,11 +114,22 @@ def test_solver(steps, prediction_type):
     assert len(calls) == steps  # progress is told of every step
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("steps", [1, 2, 4, 25])
+def test_each_picture_from_its_own_first(steps, prediction_type):
+    """A batch that begins at several timesteps is solved as each of its pictures alone."""
+    schedule, x = hipa.Schedule(prediction_type=prediction_type), normal(3, 4, 6, 5)
+    network = lambda x, t: schedule.predict_x0(x, t, torch.tanh(0.7 * x + 0.2))  # noqa: E731
+    together = hipa.dpm_solver(network, x, schedule, steps, torch.tensor([999, 300, 40]))
+    alone = [hipa.dpm_solver(network, x[k : k + 1], schedule, steps, t) for k, t in enumerate((999, 300, 40))]
+    assert_same(f"firsts, {prediction_type}, {steps} steps", together, torch.cat(alone), relative=True)
+
+
 def test_one_step_is_the_closed_form():
     """With one step the solver is x0 = (x_T - sigma epsilon) / alpha at t = 999, and nothing else."""
     schedule, x = hipa.Schedule(), normal(2, 4, 6, 5)
     (alpha, sigma), epsilon = schedule.alpha_sigma(999), toy_network(x, 999)
-    x0 = hipa.dpm_solver(lambda x, t: schedule.predict_x0(x, t, toy_network(x, t)), x, schedule, 1)
+    x0 = hipa.dpm_solver(predict_x0_of(schedule), x, schedule, 1)
     assert_same("one step", x0, (x - sigma * epsilon) / alpha, relative=True)
 
 
@@ -116,13 +154,13 @@ def run_pipeline(pipeline, prompts, seeds, steps, guidance, negative="", size=(3
 def test_sample(model, pipeline, steps, guidance):
     """From prompts and seeds to pictures, a batch of two, with guidance and without."""
     prompts, seeds = ["a cat and a dog", ""], [3, 2**40]
-    ours = hipa.sample(model, prompts, seeds, steps, guidance)
-    assert_same(
-        f"sample, {model.schedule.prediction_type}, {steps} steps, guidance {guidance}",
-        ours,
+    ours, theirs = (
+        hipa.sample(model, prompts, seeds, steps, guidance),
         run_pipeline(pipeline, prompts, seeds, steps, guidance),
-        relative=True,
     )
+    assert_same(f"sample, {steps} steps, guidance {guidance}", ours, theirs, relative=True)
+    if guidance == (1.0 if steps == 1 else 7.5):  # the default
+        assert torch.equal(ours, hipa.sample(model, prompts, seeds, steps))
 
 
 def test_sample_with_a_negative_prompt_and_a_size(model, pipeline):
@@ -144,12 +182,12 @@ def test_a_picture_does_not_depend_on_its_batch(model, guidance):
 
 
 @pytest.mark.parametrize("steps", [1, 25])
-def test_command_line(checkpoint, pipeline, steps, tmp_path):
+def test_command_line(checkpoint, pipeline, steps, tmp_path, capsys):
     """`sample.py` writes the pipeline's pictures, from seeds 0 and 1, each byte within 1, and both in a grid."""
-    command = [sys.executable, ROOT / "sample.py", "a cat", "--model", checkpoint, "--out", tmp_path, "--device", "cpu"]
-    done = subprocess.run([*command, "--steps", str(steps), "-n", "2"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *paths, grid = done.stdout.splitlines()
+    argv = ["a cat", "--model", checkpoint, "--out", tmp_path, "--device", "cpu", "--steps", steps, "-n", 2]
+    code, paths, err = run_sample(argv, capsys)
+    assert code == 0, err
+    *paths, grid = paths
     theirs = run_pipeline(pipeline, ["a cat"] * 2, [0, 1], steps, 1.0 if steps == 1 else 7.5, output="pil")
     ours = [np.asarray(Image.open(path), dtype=int) for path in paths]
     assert len(ours) == 2
@@ -157,3 +195,74 @@ def test_command_line(checkpoint, pipeline, steps, tmp_path):
     print(f"command line, {steps} steps: largest error {error} of 255")
     assert error <= 1
     assert np.array_equal(np.asarray(Image.open(grid)), np.concatenate(ours, axis=1))
+
+
+# ---------------------------------------------------------------------------------------------------------- the method
+PROMPTS = ["a cat", "a dog"]
+
+
+@pytest.fixture
+def adapted(model):
+    """A copy of the model, with adaptors as if trained."""
+    model = copy.copy(model)
+    model.unet = copy.deepcopy(model.unet)
+    add_lora(model.unet, 4)
+    for seed, (_, B) in enumerate(factors(model.unet).values()):
+        B.data = 0.2 * normal(*B.shape, seed=seed)
+    return model
+
+
+def test_teacher(model, adapted):
+    """The frozen model's sampler: the adaptors are neither seen nor changed, and there is no gradient."""
+    x_T = normal(2, 4, 8, 8).requires_grad_()
+    with torch.enable_grad():
+        target = hipa.teacher(adapted, PROMPTS, x_T, 3, 5.0)
+        pictures = hipa.sample(model, PROMPTS, [0, 1], 3, 5.0)
+        same = hipa.teacher(adapted, PROMPTS, hipa.noise([0, 1], 4, 8, 8), 3, 5.0)
+    assert not target.requires_grad and torch.equal(model.decode(same), pictures)
+    assert torch.equal(target, hipa.teacher(model, PROMPTS, x_T, 3, 5.0))
+    assert not torch.equal(target, hipa.dpm_solver(hipa.predictor(adapted, PROMPTS, 5.0), x_T, model.schedule, 3))
+
+
+def test_teacher_from_later_timesteps(model):
+    """Each picture of a batch may begin at its own."""
+    x, first = normal(2, 4, 8, 8), [999, 300]
+    together = hipa.teacher(model, PROMPTS, x, 3, 2.0, torch.tensor(first))
+    predict = [hipa.predictor(model, [prompt], 2.0) for prompt in PROMPTS]
+    alone = [hipa.dpm_solver(predict[k], x[k : k + 1], model.schedule, 3, t) for k, t in enumerate(first)]
+    assert_same("teacher, two firsts", together, torch.cat(alone), relative=True)
+
+
+@pytest.mark.parametrize("timestep", [999, [999, 300]], ids=str)
+def test_student(adapted, timestep):
+    """One evaluation of the adapted network, by the closed form; the gradient goes to the adaptors, and only there."""
+    x, t = normal(2, 4, 8, 8), torch.tensor(timestep).expand(2)
+    with torch.enable_grad():
+        predicted = hipa.student(adapted, PROMPTS, x, t if isinstance(timestep, list) else timestep)
+        predicted.square().mean().backward()
+    prediction = adapted.unet(x, t, adapted.encode_text(PROMPTS))
+    alphas_cumprod = adapted.schedule.alphas_cumprod[t][:, None, None, None]
+    alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    v = adapted.schedule.prediction_type == "v_prediction"
+    expected = alpha * x - sigma * prediction if v else (x - sigma * prediction) / alpha
+    assert_same(f"student, t = {timestep}", predicted.detach(), expected, relative=True)
+    for name, parameter in adapted.unet.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == ("lora_" in name), name
+    for network in (adapted.text_encoder, adapted.vae):
+        assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_adaptation_loss(adapted):
+    """HiPALoss of the decoded pictures; the gradient goes into the student's latent, and not into the target."""
+    torch.manual_seed(0)
+    loss = HiPALoss(DISTS(VGG(VGGConfig(channels=(6, 8), convs=(1, 2)))), energy=0.1)
+    predicted, target = (normal(2, 4, 8, 8, seed=seed).requires_grad_() for seed in (0, 1))
+    with torch.enable_grad():
+        terms = hipa.adaptation_loss(adapted, loss, predicted, target)
+        sum(terms.values()).backward()
+    expected = loss(adapted.vae.decode(predicted), adapted.vae.decode(target))
+    assert list(terms) == list(expected) == ["spatial", "fourier", "sobel", "energy"]
+    assert all(torch.equal(terms[name], expected[name]) for name in terms)
+    assert predicted.grad.abs().max() > 0 and target.grad is None
+    picture, wanted = hipa.adaptation_loss(adapted, lambda *pictures: pictures, predicted, target)
+    assert torch.equal(picture, adapted.decode(predicted)) and torch.equal(wanted, adapted.decode(target))

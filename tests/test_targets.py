@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import hipa
 import train
-from training import (
+
+# isort: split
+from training import (  # noqa: I001
     FIRST, GUIDANCE, PAIRS, PROMPTS, TEACHER_STEPS, close, contents, done, refused, resume, same_tensors, stamps,
 )  # fmt: skip
 
@@ -22,7 +24,7 @@ def targets_of(folder, prompts=PROMPTS, pairs=PAIRS, later=0.5):
     return train.Targets(folder, prompts, pairs, later, hipa.Schedule())
 
 
-# ----------------------------------------------------------------------------------------------------- the plan of pairs
+# ---------------------------------------------------------------------------------------------------- the plan of pairs
 def test_the_share_of_pairs_that_begin_later():
     """About a third if a third is asked for; half of these blurred; from all over the timesteps. The first of a shard
     and the held-out pairs begin with noise."""
@@ -32,7 +34,7 @@ def test_the_share_of_pairs_that_begin_later():
     assert len(later) / 6400 == pytest.approx(0.3, abs=0.02)
     assert sum(blurred for _, blurred, _ in later) / len(later) == pytest.approx(0.5, abs=0.04)
     assert 199 <= min(t for *_, t in later) < 205 and 993 < max(t for *_, t in later) < 999
-    assert set(Counter(t // 100 for *_, t in later)) == set(range(1, 10))
+    assert {t // 100 for *_, t in later} >= set(range(2, 10))
     begin_with_noise = [*range(0, 6400, train.SHARD), *range(6400, 6400 + train.HELD_OUT)]
     assert {plans[k] for k in begin_with_noise} == {(None, False, 999)}
     assert all(plan[1:] == (False, 999) for plan in plans if plan[0] is None)
@@ -56,16 +58,17 @@ def test_no_share_none_later():
     assert {targets_of(None, later=0).plan(k) for k in range(64)} == {(None, False, 999)}
 
 
-# ------------------------------------------------------------------------------------------------ the teacher's pictures
-def test_targets_are_what_sampling_draws(checkpoint, tmp_path):
+# ----------------------------------------------------------------------------------------------- the teacher's pictures
+def test_targets_are_what_sampling_draws(checkpoint, monkeypatch, tmp_path):
     """Of a model that predicts noise, and of one that predicts v: decoded, they are the pictures of `hipa.sample`."""
     model, prompts = hipa.load(checkpoint), ["a cat", "a dog", "a red cat"]
-    targets = train.Targets(tmp_path, prompts, PAIRS, 0, model.schedule)
-    targets.make(model, 6, GUIDANCE, batch=4)
+    monkeypatch.setattr(train, "HELD_OUT", 0)
+    targets = train.Targets(tmp_path, prompts, 4, 0, model.schedule)
+    targets.make(model, 4, GUIDANCE, batch=3)
     x, timesteps, x0, words = targets.batch([1, 2, 3])
     assert words == ["a dog", "a red cat", "a cat"] and timesteps.tolist() == [999] * 3
     assert torch.equal(x, hipa.noise([FIRST + 1, FIRST + 2, FIRST + 3], 4, 8, 8)) and x0.dtype == torch.float32
-    expected = hipa.sample(model, words, [FIRST + 1, FIRST + 2, FIRST + 3], 6, GUIDANCE)
+    expected = hipa.sample(model, words, [FIRST + 1, FIRST + 2, FIRST + 3], 4, GUIDANCE)
     with torch.no_grad():
         assert (model.decode(x0) - expected).abs().max() < 1e-2
 
@@ -79,8 +82,10 @@ def emoji():
 def later_starts(emoji, tmp_path_factory):
     """Targets of the embedded model, whose pictures differ; half of them begin later."""
     prompts = ["a cat", "a red apple", "a rocket on a blue background"]
-    targets = train.Targets(tmp_path_factory.mktemp("targets"), prompts, PAIRS, 0.5, emoji.schedule)
-    targets.make(emoji, 6, GUIDANCE, batch=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "HELD_OUT", 0)
+        targets = train.Targets(tmp_path_factory.mktemp("targets"), prompts, PAIRS, 0.5, emoji.schedule)
+    targets.make(emoji, 3, GUIDANCE, batch=16)
     return targets
 
 
@@ -105,8 +110,8 @@ def test_a_later_start(emoji, later_starts, k):
     near = [t - 1, t, t + 1]
     errors = [(x - emoji.schedule.add_noise(latent, each, noise)).square().mean() ** 0.5 for each in near]
     assert min(errors) == errors[1] < 2e-3
-    drawn = {each: hipa.generate(emoji, prompts, x, each, 6, GUIDANCE) for each in near}
-    errors = [(emoji.decode(picture) - drawn[each]).square().mean() ** 0.5 for each in near]
+    drawn = hipa.generate(emoji, prompts * 3, x.expand(3, -1, -1, -1), torch.tensor(near), 3, GUIDANCE)
+    errors = (emoji.decode(picture) - drawn).square().mean(dim=(1, 2, 3)).sqrt().tolist()
     assert min(errors) == errors[1] < 5e-3
 
 
@@ -140,7 +145,7 @@ def test_a_teacher_that_draws_nan(begin, small, tmp_path):
     assert stamps(tmp_path / "targets") == {}
 
 
-# ------------------------------------------------------------------------------------------------ targets that are there
+# ----------------------------------------------------------------------------------------------- targets that are there
 def test_only_missing_shards_are_made(begin, small_shards, tmp_path):
     """One of two deleted: it is made again, the same bits; the other is left alone."""
     folder = tmp_path / "run" / "targets"
@@ -158,16 +163,14 @@ def test_only_missing_shards_are_made(begin, small_shards, tmp_path):
 def test_more_pairs_keep_the_shards_that_fit(small, small_shards, tmp_path, pairs, made):
     """From 8 or 12 pairs to 16: the first shard stays. The second had held-out pairs in it, which begin with noise; now
     they are trained on, and may begin later. All are as if 16 had been asked for at first."""
-    model = hipa.load(small)
+    model, folder, fresh = hipa.load(small), tmp_path / "targets", tmp_path / "fresh"
 
     def make(folder, pairs):
         targets = targets_of(folder, pairs=pairs, later=0.9)
+        folder.mkdir(exist_ok=True)
         targets.make(model, 1, 1.0, batch=16)
         return targets
 
-    folder, fresh = tmp_path / "targets", tmp_path / "fresh"
-    for each in (folder, fresh):
-        each.mkdir()
     make(folder, pairs)
     before = stamps(folder)
     again, expected = make(folder, 16), make(fresh, 16)

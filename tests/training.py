@@ -176,7 +176,7 @@ def small(sd15_like, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def words(tmp_path_factory):
+def prompts_file(tmp_path_factory):
     """A file of prompts."""
     path = tmp_path_factory.mktemp("data") / "prompts.txt"
     path.write_text("\n".join(PROMPTS) + "\n")
@@ -184,30 +184,30 @@ def words(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(small, words, tmp_path_factory):
+def finished(small, prompts_file, tmp_path_factory):
     """A run end to end, which others are compared with; its targets serve them too. -> `out` folder, `result`, and its
     `prompts` in their order"""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    result = done("--data", words, "--model", small, "--out", out, *flags())
-    return SimpleNamespace(out=out, result=result, prompts=train.find_prompts(str(words)))
+    result = done("--data", prompts_file, "--model", small, "--out", out, *flags())
+    return SimpleNamespace(out=out, result=result, prompts=train.find_prompts(str(prompts_file)))
 
 
 @pytest.fixture
-def begin(small, words, finished, tmp_path):
+def begin(small, prompts_file, finished, tmp_path):
     """Makes the argv of a run like `finished`, with its targets, in tmp_path/run; options can be changed."""
 
-    def argv(out=tmp_path / "run", targets=finished.out / "targets", data=words, model=small, **changed):
+    def argv(out=tmp_path / "run", targets=finished.out / "targets", data=prompts_file, model=small, **changed):
         return ["--data", data, "--model", model, "--out", out, *flags(targets=targets, **changed)]
 
     return argv
 
 
 @pytest.fixture
-def student(small, words, finished):
+def student(small, prompts_file, finished):
     """Makes a train.Run as main does, on the targets of `finished`, for single updates."""
 
     def make(checkpointing=False, **changed):
-        args = train.parse_args(["--data", str(words), "--model", str(small), *flags(**changed)])
+        args = train.parse_args(["--data", str(prompts_file), "--model", str(small), *flags(**changed)])
         model, distance = hipa.load(small), train.load_distance(args.distance, small)
         if checkpointing:
             train.checkpoint_activations(model, distance)
