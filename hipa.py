@@ -433,7 +433,7 @@ def read_config(cls, path):
             raise ValueError(f"{type(settings).__name__} in place of {{...}}")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: not a diffusers checkpoint, or not all of one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from None
     missing = [key for key in getattr(cls, "REQUIRED", ()) if key not in settings]
     if missing:
@@ -446,7 +446,7 @@ def read_config(cls, path):
             allowed = list(cls.FIXED[key]) if isinstance(cls.FIXED[key], set) else [cls.FIXED[key]]
             if any(v not in allowed for v in (value if isinstance(value, tuple) else [value])):
                 supported = f"only {', '.join(map(repr, allowed))}"
-        elif key not in defaults and cls.IGNORED is not None and key not in cls.IGNORED and key[0] != "_":
+        elif key not in defaults and cls.IGNORED is not None and key not in cls.IGNORED and not key.startswith("_"):
             supported = None if value in (None, False) else "SDXL and other families are not"
         if key in defaults:
             kinds = {float: (float, int)}.get(type(defaults[key]), (type(defaults[key]),))
@@ -567,13 +567,17 @@ def download(repo, cache, half):
     """Downloads what `load` reads of a public repository into its cache folder, and returns the snapshot's folder."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     index = cache / "index.json"
-    index.unlink(missing_ok=True)
+    try:
+        for old in (index, Path(f"{index}.part")):
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to the cache {cache}: {error.strerror}") from None
     fetch(f"{endpoint}/api/models/{repo}/revision/main?blobs=true", index, repo=repo)
     try:
         answer = json.loads(index.read_bytes())
         files = {file["rfilename"]: file.get("lfs") or {} for file in answer["siblings"]}
         commit = re.fullmatch("[0-9a-f]{40}", answer["sha"])[0]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{endpoint} does not answer as the Hugging Face hub: is a login page in between?") from None
     names = files_of(files, half)
     if not names:
@@ -590,7 +594,10 @@ def download(repo, cache, half):
 def fetch(url, path, digest=None, repo=None, tries=4):
     """Downloads `url` to `path`, which appears once it is complete and its sha256 is `digest`. Partial files resume."""
     part = Path(f"{path}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to the cache {path.parent}: {error.strerror}") from None
     for attempt in range(tries):
         if path.exists():
             return
@@ -624,6 +631,7 @@ def fetch(url, path, digest=None, repo=None, tries=4):
             if getattr(error, "errno", None) == errno.ENOSPC:
                 break
     if not path.exists():
+        reason = " ".join("".join(c for c in str(reason) if c.isprintable() or c.isspace()).split())  # others' words
         raise UserError(f"cannot download {url}: {reason}. Without a network: --model emoji, or a local folder")
 
 

@@ -186,10 +186,11 @@ def load_lora(path, net):
             settings = {key.removeprefix("unet."): value for key, value in settings.items()}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         if any(key.startswith("base_model.model.") for key in tensors):
-            settings = json.loads(Path(path).with_name("adapter_config.json").read_text("utf-8"))
+            beside = Path(path).with_name("adapter_config.json")
+            if not beside.exists():
+                raise ValueError(f"{beside.name} is missing beside it, which tells the adaptors' strength")
+            settings = json.loads(beside.read_text("utf-8"))
         unknown = [key for key, plain in PLAIN.items() if settings.get(key, plain) not in (plain, None, False)]
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} is missing, and without it the adaptors' strength is unknown") from None
     except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     if unknown:

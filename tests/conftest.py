@@ -4,6 +4,7 @@ Their shapes are chosen to catch mistakes: odd head counts, three levels, widths
 """
 
 import json
+import os
 import re
 import sys
 import warnings
@@ -15,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 # Packages in a folder of their own, because where torchvision is installed, diffusers and transformers import it too.
 ORACLES = ROOT / "tests" / "oracles"

@@ -91,7 +91,7 @@ CONTENTS = {
     "a shape whose product overflows": (
         safetensors({"a": {"dtype": "F32", "shape": [2**62, 8], "data_offsets": [0, 8]}}, bytes(8)), BROKEN,
     ),
-    "no tensors": (safetensors({}), "does not fit its config.json", "missing", "more differ"),
+    "no tensors": (safetensors({}), "does not fit its config.json", "is missing", " more do not fit"),
 }  # fmt: skip
 
 
@@ -183,7 +183,7 @@ MISFITS = {  # the file, the change of its tensors, and what the message says of
     "another shape, also one that would broadcast": (
         UNET, lambda w: w.update({"conv_in.bias": torch.zeros(1)}), "conv_in.bias is of another shape",
     ),
-    "several": (TEXT, lambda w: [w.pop(key) for key in sorted(w)[:8]], "is missing and 7 more differ"),
+    "several": (TEXT, lambda w: [w.pop(key) for key in sorted(w)[:8]], "is missing, and 7 more do not fit"),
 }  # fmt: skip
 
 
