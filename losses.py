@@ -144,7 +144,9 @@ def sobel(x):
     """Strength of edges of (B, C, H, W), same shape: length of the Sobel gradient; a step from 0 to 1 gives 1."""
     kernel = x.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
     kernels = torch.stack([kernel, kernel.T])[:, None].repeat(x.shape[1], 1, 1, 1)  # per channel: horizontal, vertical
-    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    # The border is repeated by hand: torch's compiler for CPUs fails on the gradient of F.pad(mode="replicate").
+    x = torch.cat([x[..., :1, :], x, x[..., -1:, :]], dim=-2)
+    padded = torch.cat([x[..., :1], x, x[..., -1:]], dim=-1)
     gradient = F.conv2d(padded, kernels, groups=x.shape[1]).unflatten(1, (x.shape[1], 2))
     return (gradient.square().sum(2) + 1e-8).sqrt()  # the root's slope at 0 is infinite
 

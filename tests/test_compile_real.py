@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from conftest import ROOT
-from training import LORA, difference
+from training import LORA, log
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,7 +39,9 @@ def test_pictures(tmp_path, steps):
 
 
 def test_training(tmp_path):
-    """Four updates, two of the head start and two of the whole loss."""
+    """Four updates, two of the head start, which has one term only, and two of the whole loss: the same log, and the
+    same adaptors as a whole. A single number may differ more: Adam's steps are as long where a gradient is small.
+    """
     argv = ["train.py", "--data", "emoji", "--pairs", 16, "--steps", 4, "--teacher-steps", 2, "--device", "cpu"]
     argv += ["--targets", tmp_path / "targets"]
     plain, compiled = (
@@ -45,4 +49,9 @@ def test_training(tmp_path):
         for name, option in (("plain", "--no-compile"), ("compiled", "--compile"))
     )
     assert (plain, compiled) == ([str(tmp_path / "plain" / LORA)], [str(tmp_path / "compiled" / LORA)])
-    assert difference(plain[0], compiled[0]) < 1e-4
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    for name in log(plain).keys() - {"seconds"}:
+        found, expected = ([value or 0 for value in log(out)[name]] for out in (compiled, plain))
+        assert found == pytest.approx(expected, rel=1e-4), name
+    ours, theirs = (torch.cat([t.flatten() for t in load_file(out / LORA).values()]) for out in (compiled, plain))
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()

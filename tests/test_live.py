@@ -318,7 +318,10 @@ def test_many_steps_stop_when_nobody_waits_for_them(small, monkeypatch, end):
 # ------------------------------------------------------------------------------------------------------ the command
 def test_the_command():
     argv = [sys.executable, "live", "--port"]
-    process = subprocess.Popen([*argv, "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Ctrl-C is ignored by what a shell starts in the background, and so by what that starts, unless it is told.
+    listen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen([*argv, "0"], cwd=ROOT, **pipes, **listen)
     try:
         address = process.stdout.readline().strip()
         host, port = address.removeprefix("http://").rstrip("/").split(":")
