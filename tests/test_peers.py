@@ -121,8 +121,8 @@ def test_the_loss_is_that_of_two_points_of_the_teachers_trajectory(distillation,
     gradients = torch.autograd.grad(ours, distillation.parameters)
     expected = torch.autograd.grad(torch.stack(losses).mean(), distillation.parameters)
     flat = lambda tensors: torch.cat([tensor.flatten() for tensor in tensors])  # noqa: E731
-    largest = flat(expected).abs().max()
-    assert_same("its gradient", flat(gradients) / largest, flat(expected) / largest)
+    # Relative to the largest: sums over the batch are in another order here, which two threads were seen to make 1.2e-5.
+    assert (flat(gradients) - flat(expected)).abs().max() < 3e-5 * flat(expected).abs().max()
 
 
 def test_only_the_adaptors_learn(distillation):
