@@ -121,7 +121,7 @@ def test_the_loss_is_that_of_two_points_of_the_teachers_trajectory(distillation,
     gradients = torch.autograd.grad(ours, distillation.parameters)
     expected = torch.autograd.grad(torch.stack(losses).mean(), distillation.parameters)
     flat = lambda tensors: torch.cat([tensor.flatten() for tensor in tensors])  # noqa: E731
-    # Relative to the largest: sums over the batch are in another order here, which two threads were seen to make 1.2e-5.
+    # Relative to the largest. Sums over the batch are in another order here: two threads were seen to make it 1.2e-5.
     assert (flat(gradients) - flat(expected)).abs().max() < 3e-5 * flat(expected).abs().max()
 
 
