@@ -118,6 +118,10 @@ class StableDiffusion:
     def dtype(self):
         return self.vae.decoder.conv_in.weight.dtype
 
+    def guidance_at(self, steps):
+        """The scale of classifier-free guidance unless told otherwise: 1, none, at one step, which it makes worse."""
+        return 1.0 if steps == 1 else self.guidance
+
     @property
     def side(self):
         """Side of the training pictures, in pixels."""
@@ -148,8 +152,7 @@ def sample(model, prompts, seeds, steps=25, guidance=None, size=None, **options)
     """Prompts (B strings) and seeds (B ints) -> pictures (B, 3, H, W), float32, about [-1, 1].
 
     steps     UNet evaluations; 1 is the one-step picture that this project is about
-    guidance  scale of classifier-free guidance; 1 or less means none, at half the cost. Default: none at one step,
-              which guidance makes worse, else the model's own
+    guidance  scale of classifier-free guidance; 1 or less means none, at half the cost. Default: `model.guidance_at`
     size      (width, height) in pixels, multiples of `model.vae.config.downscale`; default: the model's own
     options   of `generate`: negative, progress
     """
@@ -167,9 +170,7 @@ def generate(model, prompts, x, first=None, steps=1, guidance=None, negative="",
     progress    called after each step
     constrain   corrects each predicted x0, (B, 4, h, w) -> (B, 4, h, w)
     """
-    if guidance is None:
-        guidance = 1.0 if steps == 1 else model.guidance
-    predict_x0 = predictor(model, prompts, guidance, negative)
+    predict_x0 = predictor(model, prompts, model.guidance_at(steps) if guidance is None else guidance, negative)
     if constrain:
         unconstrained, predict_x0 = predict_x0, lambda x, t: constrain(unconstrained(x, t))
     pictures = model.decode(dpm_solver(predict_x0, x, model.schedule, steps, first, progress))

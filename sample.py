@@ -337,7 +337,7 @@ def main(args):
     if lora[0]:
         hipa.read_weights(lora[0])  # refuses what is no safetensors file before the model loads
     model = hipa.load(args.model, device, dtype)
-    guidance = args.guidance if args.guidance is not None else 1.0 if steps == 1 else model.guidance
+    guidance = model.guidance_at(steps) if args.guidance is None else args.guidance
     if lora[0]:
         apply_lora(model, *lora)
     if args.compile:

@@ -9,6 +9,7 @@ Not a test: nothing fails here. Ours and theirs take turns, and the medians are 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -109,8 +110,7 @@ def bench_pictures():
 
     for batch in (1, 4, 16):
         ours, theirs = sides(batch, 64)
-        each = lambda run, batch=batch: lambda: run() / batch  # noqa: E731
-        compare(f"one-step picture, emoji, in batches of {batch}", each(ours), each(theirs), 15)
+        compare(f"{batch} one-step pictures at a time, emoji", ours, theirs, 15)
     growth("batch (1 to 16, 64×64)", [1, 2, 4, 8, 16], lambda batch: (batch, 64))
     growth("pixels (64×64 to 256×256)", [side**2 for side in (64, 96, 128, 192, 256)], lambda n: (1, round(n**0.5)))
 
@@ -287,6 +287,34 @@ def bench_train():
     assert results["ours"][2] == results["theirs"][2], results  # the same number of trained parameters
 
 
+def bench_live(strokes=200):
+    """The live page in headless Chromium: milliseconds from a key stroke to its picture on the screen. No ratio."""
+    from test_live import chromium, until
+
+    server = subprocess.Popen(
+        [sys.executable, "live", "--port", "0", "--device", "cpu"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        browser = chromium(Path(folder))
+        try:
+            browser.get(server.stdout.readline())
+            prompt, trip = (browser.find_element("id", name) for name in ("prompt", "trip"))
+            until(lambda: "ms" in trip.text)
+            trips = []
+            for k in range(strokes):
+                if k % 40 == 0:
+                    browser.execute_script("arguments[0].value = ''", prompt)
+                browser.execute_script("arguments[0].textContent = ''", trip)
+                prompt.send_keys("a panda on a blue background, a red apple"[k % 40])
+                until(lambda: "ms" in trip.text)
+                trips.append(int(re.search(r"\d+", trip.text)[0]))
+        finally:
+            browser.quit()
+            server.terminate()
+    half, most = np.percentile(trips, [50, 95])
+    print(f"\nlive page, {strokes} key strokes to their pictures: median {half:.0f} ms, 95th percentile {most:.0f} ms")
+
+
 def bench_gpu():
     """Absolute figures of 2.1-base's size on a GPU: random weights, 512x512, bfloat16."""
     if not torch.cuda.is_available():
@@ -420,10 +448,13 @@ def gpu_seconds(function, rounds):
     return median(times[3:])
 
 
+ROWS = ["command", "pictures", "small", "train", "large", "load", "live", "gpu"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="command|pictures|small|train|large|load|gpu")
-    rows = parser.parse_args().rows or ["command", "pictures", "small", "train", "large", "load", "gpu"]
+    parser.add_argument("rows", nargs="*", metavar="|".join(ROWS))
+    rows = parser.parse_args().rows or ROWS
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32\n")
     print("| | hipa | diffusers | ratio |\n|---|---|---|---|")
@@ -444,6 +475,8 @@ def main():
                 bench_load(folder)
             if "large" in rows:
                 bench_forward("2.1-base", folder, 1, 32, 3)
+    if "live" in rows:
+        bench_live()
     if "gpu" in rows:
         bench_gpu()
 

@@ -219,7 +219,7 @@ def main():
     if args.folder:
         print(row(str(args.folder), [evaluation.measure(*read_folder(args.folder, evaluation.glyphs))]))
         return
-    guidance = args.guidance if args.guidance is not None else 1.0 if args.steps == 1 else model.guidance
+    guidance = model.guidance_at(args.steps) if args.guidance is None else args.guidance
     rows = [
         evaluation.measure(*draw(model, evaluation, args.steps, guidance, seed, args.per_class))
         for seed in range(args.seeds)

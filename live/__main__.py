@@ -215,7 +215,7 @@ class Painter:
             model=self.name, negative="", strength=asked.strength, scale=asked.scale,
             image=asked.image and Path("image.png"), mask=asked.mask and Path("mask.png"),
         )  # fmt: skip
-        guidance = 1.0 if asked.steps == 1 else self.model.guidance
+        guidance = self.model.guidance_at(asked.steps)
         lora = (self.lora, asked.adaptors) if self.lora and asked.adaptors else (None, 0.0)
         return sample.parameters(args, asked.prompt, asked.seed, asked.steps, guidance, size, lora)
 

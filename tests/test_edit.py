@@ -2,6 +2,7 @@
 are to leave alone, and pictures of any kind go in.
 """
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +59,7 @@ def seen_by_unet(model, draw):
 )
 def test_strength(small, strength, timestep):
     """t = round(999 strength), and one step is one look of the network, at that."""
-    draw = lambda: hipa.edit(small, pictures(2, 3, 32, 32), ["a cat", "a dog"], [0, 1], strength)  # noqa: E731
+    draw = partial(hipa.edit, small, pictures(2, 3, 32, 32), ["a cat", "a dog"], [0, 1], strength)
     [(x, timesteps)] = seen_by_unet(small, draw)
     assert x.shape == (2, 4, 8, 8) and timesteps.tolist() == [timestep] * 2
 
@@ -159,7 +160,7 @@ def test_inpaint_of_nothing_and_of_everything(small):
 def test_further_steps_see_the_surroundings(small):
     """At each of them the latents beside the hole are the picture's own, noised to that timestep by the same noise."""
     mask, source = hole(32, 32, 8, 8, 16, 20), pictures(1, 3, 32, 32)
-    draw = lambda: hipa.inpaint(small, source, mask, ["a cat"], [0], 0.8, steps=4, guidance=1.0)  # noqa: E731
+    draw = partial(hipa.inpaint, small, source, mask, ["a cat"], [0], 0.8, steps=4, guidance=1.0)
     latent, noise = small.vae.encode(hipa.fill(source, mask)), hipa.noise([0], 4, 8, 8)
     beside = F.max_pool2d(mask, 4).expand(1, 4, 8, 8) == 0
     assert beside.sum() == 4 * (64 - 2 * 3)

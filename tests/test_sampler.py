@@ -119,7 +119,10 @@ def test_solver(steps, prediction_type):
 def test_each_picture_from_its_own_first(steps, prediction_type):
     """A batch that begins at several timesteps is solved as each of its pictures alone."""
     schedule, x = hipa.Schedule(prediction_type=prediction_type), normal(3, 4, 6, 5)
-    network = lambda x, t: schedule.predict_x0(x, t, torch.tanh(0.7 * x + 0.2))  # noqa: E731
+
+    def network(x, t):
+        return schedule.predict_x0(x, t, torch.tanh(0.7 * x + 0.2))
+
     together = hipa.dpm_solver(network, x, schedule, steps, torch.tensor([999, 300, 40]))
     alone = [hipa.dpm_solver(network, x[k : k + 1], schedule, steps, t) for k, t in enumerate((999, 300, 40))]
     assert_same(f"firsts, {prediction_type}, {steps} steps", together, torch.cat(alone), relative=True)

@@ -357,7 +357,11 @@ def test_recomputed_activations(student, monkeypatch):
     counts, gradients, calls = [], [], []
     for kind, name in ((train.unet.Transformer2D, "text"), (VGG, "distance")):
         forward = kind.forward
-        counted = lambda *args, forward=forward, name=name: calls.append(name) or forward(*args)  # noqa: E731
+
+        def counted(*args, forward=forward, name=name):
+            calls.append(name)
+            return forward(*args)
+
         monkeypatch.setattr(kind, "forward", counted)
     for checkpointing in (False, True):
         training = student(checkpointing=checkpointing)

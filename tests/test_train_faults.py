@@ -240,8 +240,11 @@ def test_a_second_ctrl_c_ends_at_once(begin, signals, tmp_path):
 def poison(training, step):
     """The loss of one step becomes nan."""
     loss_of = training.loss_of
-    value = lambda: math.nan if training.step == step else 1.0  # noqa: E731
-    training.loss_of = lambda *batch: {name: term * value() for name, term in loss_of(*batch).items()}
+
+    def poisoned(*batch):
+        return {name: term * (math.nan if training.step == step else 1) for name, term in loss_of(*batch).items()}
+
+    training.loss_of = poisoned
 
 
 def test_a_loss_that_is_not_a_number(begin, finished, monkeypatch, tmp_path):
