@@ -1,7 +1,7 @@
 """Trains the adaptors: prompts -> the teacher's pictures -> a single step that draws them.
 
     python train.py --data emoji                     # the embedded model; minutes on two CPU cores
-    python train.py --data emoji --paper             # with the losses of the paper's abstract, and nothing else
+    python train.py --data emoji --paper             # with the losses of the paper, and nothing else
     python train.py --data coco                      # Stable Diffusion 2.1-base, captions of COCO 2017; a GPU
     python train.py --data prompts.txt --model sd15  # your own prompts, one a line, or COCO captions (.json)
     python train.py --out runs/emoji --resume        # continues an interrupted run
