@@ -4,19 +4,24 @@
     python emoji/evaluate.py --steps 25            # the 25 steps of the frozen model
     python emoji/evaluate.py --lora none           # one step without the adaptors
     python emoji/evaluate.py --folder outputs      # any folder of samples (prompts are read from the pictures)
+    python emoji/evaluate.py --calibrate           # what the measures say of real pictures damaged in known ways
 
 recognition  share of pictures that the evaluation net gives the class of their prompt
 Fréchet      distance between the evaluation net's features of the pictures and of real ones (as FID, with this net)
 edges        high-frequency energy at edges, relative to the VAE's copies of real pictures; 1 is as sharp as they are
 all          the same over all pixels; speckle counts here, so it can be high where edges are soft
+defective    share of pictures that a critic takes for blurred, doubled or smeared ones, see `Critic`
+to itself    (--calibrate) DISTS on the evaluation net: how different from another picture, as a whole
 
 The evaluation net is trained by `make.py` on real pictures only. Nothing else is trained with it.
 """
 
 import argparse
+import random
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import hipa  # noqa: E402
+from losses import DISTS  # noqa: E402
 from sample import apply_lora, integer, lora_weight, number, own_lora, run  # noqa: E402
 from vae import to_pil, to_tensor  # noqa: E402
 
@@ -58,13 +64,17 @@ class EvaluationNet(nn.Module):
         self.norm = nn.GroupNorm(8, before)
         self.head = nn.Linear(before, classes)
 
+    def stages(self, x):
+        """Pictures (B, 3, 64, 64) in [-1, 1] -> feature maps, [(B, C_i, 64 / 2^i, 64 / 2^i)] with i from 1 to 4."""
+        maps = [self.stem(x)]
+        for block in self.blocks:
+            h = block["conv1"](F.silu(block["norm1"](maps[-1])))
+            maps.append(block["shortcut"](maps[-1]) + block["conv2"](F.silu(block["norm2"](h))))
+        return maps
+
     def features(self, x):
         """Pictures (B, 3, 64, 64) in [-1, 1] -> (B, 96)"""
-        x = self.stem(x)
-        for block in self.blocks:
-            h = block["conv1"](F.silu(block["norm1"](x)))
-            x = block["shortcut"](x) + block["conv2"](F.silu(block["norm2"](h)))
-        return F.silu(self.norm(x)).mean(dim=(2, 3))
+        return F.silu(self.norm(self.stages(x)[-1])).mean(dim=(2, 3))
 
     def forward(self, x):
         return self.head(self.features(x))
@@ -74,6 +84,19 @@ def load_evaluation_net(classes, folder=HERE / "evaluator"):
     net = EvaluationNet(classes)
     net.load_state_dict({key: value.float() for key, value in load_file(folder / "model.safetensors").items()})
     return net.eval().requires_grad_(False)
+
+
+class Stages(nn.Module):
+    """The evaluation net's feature maps in the place of VGG's: `losses.DISTS` can then compare pictures with them."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.config = SimpleNamespace(channels=[net.stem.out_channels, *(b["conv2"].out_channels for b in net.blocks)])
+
+    def forward(self, x, pool=None):
+        """Pictures (B, 3, 64, 64) in [0, 1] -> feature maps; the net has no pooling that could be replaced."""
+        return [F.silu(x) for x in self.net.stages(2 * x - 1)]
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
@@ -143,6 +166,73 @@ def psnr(a, b):
     return (-10 * mse.log10()).mean().item()
 
 
+def blurred(pictures, sigma):
+    """Pictures (B, 3, H, W) under a Gaussian of `sigma` pixels."""
+    kernel = torch.exp(-(torch.arange(-6, 7.0) ** 2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(pictures.shape[1], 1, 1, -1)
+    padded = F.pad(pictures, (6, 6, 6, 6), mode="replicate")
+    across = F.conv2d(padded, kernel, groups=len(kernel))
+    return F.conv2d(across, kernel.transpose(2, 3), groups=len(kernel))
+
+
+def doubled(pictures, down, right, share=0.5):
+    """Pictures (B, 3, H, W) with a ghost of themselves, moved by so many pixels; its share of the result."""
+    return torch.lerp(pictures, pictures.roll((down, right), (2, 3)), share)
+
+
+def smeared(pictures, top, left, side=20):
+    """Pictures (B, 3, H, W) with one square blurred."""
+    window = (..., slice(top, top + side), slice(left, left + side))
+    pictures = pictures.clone()
+    pictures[window] = blurred(pictures, 2.0)[window]
+    return pictures
+
+
+class Critic:
+    """Tells pictures that are drawn well from blurred, doubled and smeared ones, all of which the net recognises.
+
+    A logistic regression on means and deviations of the evaluation net's feature maps, trained on real pictures and on
+    as many that are damaged at random. No generated picture plays a part.
+    """
+
+    def __init__(self, net, real):
+        """`real`: pictures (N, 3, 64, 64) in [-1, 1]"""
+        self.net, draw = net, random.Random(0)
+        damaged = []
+        for k, picture in enumerate(real.split(1)):
+            ways = {
+                blurred: [draw.uniform(0.6, 1.6)],
+                doubled: [draw.choice([-4, -3, -2, 2, 3, 4]), draw.randint(-4, 4), draw.uniform(0.3, 0.5)],
+                smeared: [draw.randint(8, 40), draw.randint(8, 40)],
+            }
+            way = list(ways)[k % len(ways)]
+            damaged.append(way(picture, *ways[way]))
+        x = torch.cat([self.statistics(real), self.statistics(torch.cat(damaged))])
+        self.mean, self.deviation = x.mean(0), x.std(0) + 1e-6
+        x, y = (x - self.mean) / self.deviation, torch.arange(len(x)).ge(len(real)).float()
+        with torch.enable_grad():
+            self.linear = nn.Linear(x.shape[1], 1)
+            nn.init.zeros_(self.linear.weight), nn.init.zeros_(self.linear.bias)
+            optimizer = torch.optim.LBFGS(self.linear.parameters(), max_iter=200)
+
+            def loss():
+                optimizer.zero_grad()
+                error = F.binary_cross_entropy_with_logits(self.linear(x)[:, 0], y)
+                total = error + 2e-3 * self.linear.weight.square().sum()
+                total.backward()
+                return total
+
+            optimizer.step(loss)
+
+    def statistics(self, pictures):
+        maps = ([F.silu(m) for m in self.net.stages(part)] for part in pictures.split(128))
+        return torch.cat([torch.cat([f(m, dim=(2, 3)) for m in ms for f in (torch.mean, torch.std)], 1) for ms in maps])
+
+    def __call__(self, pictures):
+        """Pictures (N, 3, 64, 64) in [-1, 1] -> (N,) bool: defective"""
+        return self.linear((self.statistics(pictures) - self.mean) / self.deviation)[:, 0] > 0
+
+
 class Evaluation:
     """The real pictures and the evaluation net; `measure` gives one row of figures."""
 
@@ -152,7 +242,9 @@ class Evaluation:
         self.glyphs = read_glyphs()
         self.net = load_evaluation_net(len(self.glyphs))
         (reference, _), (pictures, labels) = real_pictures(self.glyphs)
-        self.reference_features = self.net.features(reference)
+        self.reference_features, self.critic = self.net.features(reference), Critic(self.net, reference)
+        self.distance = DISTS(Stages(self.net))
+        self.model, self.of_many_steps = model, {}
         some = torch.arange(len(labels)) % OTHER_VIEWS < per_class
         self.real = pictures[some], labels[some]
         # Encoded and decoded as everything the model draws is: the sharpest it could be.
@@ -160,12 +252,29 @@ class Evaluation:
         self.copies_energy = high_frequency_energy(self.copies)
 
     def measure(self, pictures, labels):
-        """Pictures (N, 3, 64, 64) in [-1, 1] and their classes (N,) -> [recognition, Fréchet, edges, all]"""
+        """Pictures (N, 3, 64, 64) in [-1, 1] and their classes (N,) -> [recognition, Fréchet, edges, all, defective]"""
         pictures = torch.stack([to_tensor(picture) for picture in to_pil(pictures)])  # as a PNG would hold them
         features = torch.cat([self.net.features(part) for part in pictures.split(256)])
         recognised = (self.net.head(features).argmax(1) == labels).float().mean().item()
         energy = [e / c for e, c in zip(high_frequency_energy(pictures), self.copies_energy, strict=True)]
-        return [100 * recognised, frechet(features, self.reference_features), *energy]
+        defective = self.critic(pictures).float().mean().item()
+        return [100 * recognised, frechet(features, self.reference_features), *energy, 100 * defective]
+
+    def to_many_steps(self, pictures, seed):
+        """`difference` from what the model of this evaluation, without adaptors, draws in 25 steps from the same noise.
+
+        Pictures: as `draw` orders them, of that seed.
+        """
+        if seed not in self.of_many_steps:
+            per_class = len(pictures) // len(self.glyphs)
+            drawn, _ = draw(self.model, self, 25, self.model.guidance, seed, per_class)
+            self.of_many_steps[seed] = drawn
+        return self.difference(pictures, self.of_many_steps[seed])
+
+    def difference(self, pictures, others):
+        """Mean DISTS between pictures (N, 3, 64, 64) in [-1, 1] and `others`, one by one, on the evaluation net."""
+        pairs = zip(pictures.split(128), others.split(128))
+        return torch.cat([self.distance(*(x.clamp(-1, 1) / 2 + 0.5 for x in pair)) for pair in pairs]).mean().item()
 
 
 def draw(model, evaluation, steps, guidance, seed, per_class, batch=24, sample=hipa.sample):
@@ -181,7 +290,12 @@ def draw(model, evaluation, steps, guidance, seed, per_class, batch=24, sample=h
     return torch.cat(pictures), torch.tensor([index for index, _ in jobs])
 
 
-def row(name, measurements, formats=("{:.1f} %", "{:.2f}", "{:.2f}", "{:.2f}")):
+HEADER = """| pictures | recognition | Fréchet | edges | all | defective |
+|---|---|---|---|---|---|"""
+FORMATS = ("{:.1f} %", "{:.2f}", "{:.2f}", "{:.2f}", "{:.1f} %")
+
+
+def row(name, measurements, formats=FORMATS):
     """One line of a table; over several measurements, mean ± half the spread."""
     low, high = np.min(measurements, axis=0), np.max(measurements, axis=0)
     mean = np.mean(measurements, axis=0)
@@ -204,6 +318,7 @@ def main():
     )
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--folder", type=Path, help="measure the PNGs in this folder instead of the model's")
+    parser.add_argument("--calibrate", action="store_true", help="measure damaged real pictures instead")
     args = parser.parse_args()
     folder = hipa.find_checkpoint(args.model)
     model = hipa.load(args.model)
@@ -211,8 +326,9 @@ def main():
     if lora:
         apply_lora(model, lora, weight)
     evaluation = Evaluation(model, args.per_class)
-    print("| pictures | recognition | Fréchet | edges | all |")
-    print("|---|---|---|---|---|")
+    if args.calibrate:
+        return calibrate(Evaluation(model, OTHER_VIEWS))
+    print(HEADER)
     print(row("real", [evaluation.measure(*evaluation.real)]))
     quality = psnr(evaluation.copies, evaluation.real[0])
     print(row(f"through the VAE ({quality:.1f} dB)", [evaluation.measure(evaluation.copies, evaluation.real[1])]))
@@ -226,6 +342,24 @@ def main():
     ]
     adaptors = f", {lora.name}" if lora else ""
     print(row(f"{args.steps} step{'s' * (args.steps > 1)}, guidance {guidance:g}{adaptors}", rows))
+
+
+def calibrate(evaluation):
+    """A row of measures for each way to damage the real pictures, or to replace them by others."""
+    real, labels = evaluation.real
+    other_views, noise = real.unflatten(0, (-1, OTHER_VIEWS)).roll(1, 1).flatten(0, 1), torch.randn(real.shape)
+    damaged = {
+        "real": real, "through the VAE": evaluation.copies,
+        "blur of 0.5 pixels": blurred(real, 0.5), "blur of 1": blurred(real, 1), "blur of 1.5": blurred(real, 1.5),
+        "ghost at 2 pixels": doubled(real, 2, 2), "ghost at 4": doubled(real, 4, 4),
+        "two views in one": (real + other_views) / 2, "smeared in one place": smeared(real, 20, 20),
+        "speckle of 0.05": real + 0.1 * noise, "speckle of 0.1": real + 0.2 * noise,
+        "another view": other_views, "another thing": real.roll(7 * OTHER_VIEWS, 0),
+    }  # fmt: skip
+    print(HEADER.replace("defective |", "defective | to itself |") + "---|")
+    for name, pictures in damaged.items():
+        figures = [*evaluation.measure(pictures, labels), evaluation.difference(pictures, real)]
+        print(row(name, [figures], (*FORMATS, "{:.3f}")).replace("-0.000", "0.000"), flush=True)
 
 
 def read_folder(folder, glyphs):

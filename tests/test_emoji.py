@@ -119,19 +119,41 @@ def test_sharpness_is_asked_of_edges():
 def test_real_pictures_are_recognised(model):
     """The stored ones: one row of twelve for each class, in the order of prompts.txt."""
     evaluation = evaluate.Evaluation(model)
-    recognised, distance, edges, _ = evaluation.measure(*evaluation.real)
+    recognised, distance, edges, _, defective = evaluation.measure(*evaluation.real)
     assert len(evaluation.real[0]) == len(GLYPHS) * evaluate.OTHER_VIEWS
     assert recognised > 95 and edges > 1
     shuffled = evaluation.measure(evaluation.real[0], evaluation.real[1].roll(evaluate.OTHER_VIEWS))
     assert shuffled[0] < 5 and shuffled[1] == pytest.approx(distance)
+    assert defective < 5
+
+
+def test_damage_is_seen(model):
+    """Real pictures, damaged: the measures that should see it do, and the critic only what it is for."""
+    evaluation = evaluate.Evaluation(model, 1)
+    real, labels = evaluation.real
+    weak, strong = (evaluate.blurred(real, sigma) for sigma in (0.5, 1.5))
+    ghost, smear = evaluate.doubled(real, 2, 2), evaluate.smeared(real, 20, 20)
+    others = real.roll(1, 0)
+    figures = [evaluation.measure(pictures, labels) for pictures in (real, weak, strong, ghost, smear, others)]
+    _, distance, edges, _, defective = zip(*figures)
+    assert distance[0] < distance[3] < distance[2] and edges[0] > edges[1] > edges[2]
+    assert defective[0] == defective[5] < 10 < defective[1] and defective[2] == defective[3] == 100
+    assert defective[4] > 3 * defective[0]
+    differences = [evaluation.difference(pictures, real) for pictures in (real, weak, strong, others)]
+    assert differences[0] == pytest.approx(0, abs=1e-6) and differences == sorted(differences)
+    point = torch.zeros(1, 1, 25, 25)
+    point[..., 12, 12] = 1
+    seen = evaluate.blurred(point, 1.5)[0, 0]
+    variance = (seen.sum(0) * (torch.arange(25) - 12) ** 2).sum()
+    assert seen.sum() == pytest.approx(1) and seen.T.allclose(seen) and variance == pytest.approx(1.5**2, rel=0.01)
 
 
 def test_one_step_is_crisp(model):
     """What the project is about, on one picture of every glyph: plain one step is a blur, with the adaptors it is not,
     and it is nearer to real pictures. The README has the figures over more pictures."""
     evaluation = evaluate.Evaluation(model, 1)
-    _, plain_distance, plain_edges, _ = evaluation.measure(*evaluate.draw(model, evaluation, 1, 1.0, 0, 1))
-    recognised, distance, edges, _ = evaluation.measure(*evaluate.draw(adapted(), evaluation, 1, 1.0, 0, 1))
+    _, plain_distance, plain_edges, *_ = evaluation.measure(*evaluate.draw(model, evaluation, 1, 1.0, 0, 1))
+    recognised, distance, edges, *_ = evaluation.measure(*evaluate.draw(adapted(), evaluation, 1, 1.0, 0, 1))
     print(f"recognised {recognised:.0f} %, distance {distance:.2f} from {plain_distance:.2f}, edges {edges:.2f}")
     assert recognised > 95 and distance < plain_distance / 2
     assert plain_edges < 0.2 and 0.75 < edges < 1.2
