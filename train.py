@@ -543,7 +543,7 @@ def barrier():
 
 
 def main(run_class=Run):
-    """`run_class` trains; `emoji/peers.py` has one with another loss."""
+    """`run_class` trains; `emoji/lcm.py` has one with another loss."""
     args = parse_args()
     device = choose_device(args.device)
     if not args.resume and (args.out / "settings.json").exists():

@@ -1,125 +1,162 @@
-"""What each part of the loss does: trains the adaptors in every variant and measures the pictures of each.
+"""HiPA beside what else could be trained in the same time, and what each part of its loss does.
 
-    python emoji/table.py            # goes on where it stopped; the variants are kept in runs/table
+    python emoji/table.py                 # says first how long it takes; goes on where it stopped
+    python emoji/table.py --share 0.33    # every training a third as long
 
-Every variant is trained as `train.py --data emoji` trains, on the same targets, for fewer steps; and, if it is cheaper
-or dearer than the first, once more for as much processor time. Two are trained at a time, one thread each. The columns
-are those of `evaluate.py`; and *to 25 steps*: how different the pictures are from those that the frozen model draws in
-25 steps from the same noise (DISTS on the evaluation net).
+Every row has the same prompts, noise, batch and optimizer, and as many updates as take the time of 900 of HiPA's. The
+rows of MAIN are trained three times, with other first values and another order of the pairs; they show the mean and
+half the spread over the trainings. Two are trained at a time, one thread each; what is trained is kept in `runs/table`.
+The columns are those of `evaluate.py`, and *to 25 steps*: how different the pictures are from those that the frozen
+model draws in 25 steps from the same noise (DISTS on the evaluation net).
 """
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import evaluate  # noqa: E402
 import hipa  # noqa: E402
-from evaluate import Evaluation, draw, row  # noqa: E402
+from evaluate import FORMATS, HEADER, Evaluation, draw, row  # noqa: E402
+from lcm import sample_consistency  # noqa: E402
 from lora import load_lora  # noqa: E402
-from sample import LORA_NAME, apply_lora, integer, run  # noqa: E402
+from sample import LORA_NAME, apply_lora, integer, number, run, slug  # noqa: E402
 
+TRAININGS = 3  # of each row of MAIN
+MINUTES = 6  # of one thread for 900 of HiPA's updates
+ALIKE = ["--data", "emoji"]  # in every training
 ONLY_LATENT = [*"--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0".split()]
-VARIANTS = {
-    "HiPA": [],
-    "HiPA, other first values": ["--seed", "1"],
-    "without the Fourier term": ["--fourier", "0"],
-    "without the Sobel term": ["--sobel", "0"],
-    "without both": ["--fourier", "0", "--sobel", "0"],
-    "both at weight 0.3": ["--fourier", "0.3", "--sobel", "0.3"],
-    "without the energy term": ["--energy", "0"],
-    "without all three": ["--fourier", "0", "--sobel", "0", "--energy", "0"],
-    "latents' error only": ONLY_LATENT,
-    "without the latents' error": ["--latent", "0", "--head-start", "0"],
-    "without the head start": ["--head-start", "0"],
-    "LPIPS in DISTS' place": ["--distance", "lpips"],
-    "rank 4": ["--rank", "4"],
-    "rank 64": ["--rank", "64"],
-    "attention only": ["--layers", "attention"],
+MAIN = {  # name: (options of train.py, updates that take as long as 900 of HiPA's, steps to draw in)
+    "**HiPA**": ([], 900, [1]),
+    "without the Fourier term": (["--fourier", "0"], 960, [1]),
+    "without the Sobel term": (["--sobel", "0"], 950, [1]),
+    "without both": (["--fourier", "0", "--sobel", "0"], 1000, [1]),
+    "without the energy term": (["--energy", "0"], 940, [1]),
+    "as the paper trains": (["--paper"], 640, [1]),
+    "regression of latents": (ONLY_LATENT, 1490, [1]),
+    "LCM-LoRA": (["--lr", "2e-4"], 710, [1, 2, 4]),
+}
+MORE = {
+    "without the latents' error": (["--latent", "0", "--head-start", "0"], 660, [1]),
+    "without the head start": (["--head-start", "0"], 640, [1]),
+    "LPIPS in DISTS' place": (["--distance", "lpips"], 870, [1]),
+    "rank 4": (["--rank", "4"], 910, [1]),
+    "rank 64": (["--rank", "64", "--lr", "2e-3"], 720, [1]),
+    "attention only": (["--layers", "attention"], 1070, [1]),
 }
 
 
-def train(out, name, options, steps, script=HERE.parent / "train.py"):
-    """One variant, unless it is there. Returns its folder."""
-    folder = out / f"{name.replace(' ', '-').replace(',', '').replace(chr(39), '')}-{steps}"
-    if not (folder / LORA_NAME).exists() or seconds_and_steps(folder)[1] < steps:
-        command = [sys.executable, script, "--out", folder]
-        if (folder / "settings.json").exists():
-            command += ["--resume"]
-        else:
-            command += ["--data", "emoji", "--targets", out / "targets", "--steps", str(steps), *options]
-        folder.mkdir(exist_ok=True)
-        with open(out / f"{folder.name}.log", "w") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        with open(folder / COST, "a") as file:
-            file.write(f"{usage.ru_utime + usage.ru_stime}\n")  # a line for each time it was started
-        if process.returncode:
-            raise hipa.UserError(f"{folder.name} did not end well: see {log.name}")
-    return folder
+# ------------------------------------------------------------------------------------------------------------ training
+def folder_of(out, name, seed, updates):
+    return out / f"{slug(name)}-{seed}-{updates}"
+
+
+def train(folder, name, options):
+    """One training, unless it is there."""
+    updates, seed = folder.name.split("-")[:-3:-1]
+    if cost(folder, finished=True):
+        return
+    targets = folder.parent / ("targets-paper" if "--paper" in options else "targets")  # the paper's all begin at 999
+    script = HERE / "lcm.py" if name == "LCM-LoRA" else HERE.parent / "train.py"
+    command = [sys.executable, script, "--out", folder, "--device", "cpu"]
+    if (folder / "settings.json").exists():
+        command += ["--resume"]
+    else:
+        command += [*ALIKE, "--targets", targets, "--steps", updates, "--seed", seed, *options]
+    folder.mkdir(exist_ok=True)
+    with open(folder.with_suffix(".log"), "w") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    with open(folder / COST, "a") as file:  # a line for each time it was started
+        file.write(f"{usage.ru_utime + usage.ru_stime}\n")
+    if process.returncode:
+        raise hipa.UserError(f"{folder.name} did not end well: see {log.name}")
+    (folder / "finished").touch()
 
 
 COST = "processor_seconds"
-HEADER = evaluate.HEADER.replace("defective |", "defective | to 25 steps | parameters | minutes |") + "---|" * 3
 
 
-def seconds_and_steps(folder):
-    """What the training cost a processor, whatever else that did meanwhile; and its updates."""
-    cost = sum(map(float, (folder / COST).read_text().split())) if (folder / COST).exists() else 0.0
-    with open(folder / "log.csv", newline="") as file:
-        return cost, sum(1 for _ in csv.DictReader(file))
+def cost(folder, finished=False):
+    """What the training cost a processor, in minutes, whatever else that did meanwhile; 0 if it is not there."""
+    if not (folder / COST).exists() or finished and not (folder / "finished").exists():
+        return 0.0
+    return sum(map(float, (folder / COST).read_text().split())) / 60
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+def of_pictures(model, evaluation, seeds, steps, guidance, **how):
+    """The mean over seeds of all measures of what the model draws. `how`: for `draw`."""
+    figures = []
+    for seed in range(seeds):
+        pictures, labels = draw(model, evaluation, steps, guidance, seed, 2, **how)
+        figures.append([*evaluation.measure(pictures, labels), evaluation.to_many_steps(pictures, seed)])
+    return np.mean(figures, axis=0)
+
+
+def print_row(name, figures, rest="| |"):
+    print(row(name, figures, (*FORMATS, "{:.3f}")).replace("-0.000", "0.000"), rest, flush=True)
 
 
 @torch.no_grad()
-def measure(name, folder, evaluation, seeds, steps=1, **how):
-    """Prints one row under HEADER, of the adaptors in `folder`. `how`: for `draw`."""
-    model = hipa.load("emoji")
-    count = sum(A.numel() + B.numel() for A, B in load_lora(folder / LORA_NAME, model.unet).values())
-    apply_lora(model, folder / LORA_NAME)
-    seconds, updates = seconds_and_steps(folder)
+def measure(name, folders, evaluation, seeds, steps):
+    """Prints the row of a variant's trainings."""
     figures = []
-    for seed in range(seeds):
-        pictures, labels = draw(model, evaluation, steps, 1.0, seed, 2, **how)
-        figures.append([*evaluation.measure(pictures, labels), evaluation.to_many_steps(pictures, seed)])
-    text = row(f"{name}, {updates:,} updates", figures, (*evaluate.FORMATS, "{:.3f}"))
-    print(f"{text} {count:,} | {seconds / 60:.1f} |", flush=True)
+    for folder in folders:
+        model = hipa.load("emoji")
+        adaptors = load_lora(folder / LORA_NAME, model.unet)
+        apply_lora(model, folder / LORA_NAME)
+        how = {"sample": sample_consistency} if name == "LCM-LoRA" else {}
+        figures.append(of_pictures(model, evaluation, seeds, steps, 1.0, **how))
+    count = sum(A.numel() + B.numel() for A, B in adaptors.values())
+    updates, minutes = int(folders[0].name.rpartition("-")[2]), np.mean([cost(folder) for folder in folders])
+    title = f"{name}, {steps} step{'s' * (steps > 1)}, {updates:,} updates"
+    print_row(title, figures, f"{count:,} | {minutes:.1f} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/table"), help="(%(default)s)")
-    parser.add_argument("--seeds", type=integer(1), default=3, help="of the measured pictures (%(default)s)")
-    parser.add_argument("--jobs", type=integer(1), default=2, help="variants trained at a time (%(default)s)")
-    parser.add_argument("--steps", type=integer(1), default=300, help="updates of each variant (%(default)s)")
+    parser.add_argument("--seeds", type=integer(1), default=3, help="of the measured pictures' noise (%(default)s)")
+    parser.add_argument("--jobs", type=integer(1), default=2, help="trainings at a time (%(default)s)")
+    parser.add_argument("--share", type=number, default=1.0, help="of the updates (%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        train(args.out, "targets", [], 1)  # which all share
-        tasks = {name: pool.submit(train, args.out, name, options, args.steps) for name, options in VARIANTS.items()}
-        equal_steps = {name: task.result() for name, task in tasks.items()}
-        seconds, _ = seconds_and_steps(equal_steps["HiPA"])
-        equal_time = {}
-        for name, options in VARIANTS.items():
-            steps = round(args.steps * seconds / seconds_and_steps(equal_steps[name])[0])
-            if abs(steps / args.steps - 1) > 0.15:
-                equal_time[name] = pool.submit(train, args.out, name, options, steps)
-        equal_time = {name: task.result() for name, task in equal_time.items()}
+    rows = {}  # name: its trainings' folders
+    for variants, trainings in ((MAIN, TRAININGS), (MORE, 1)):
+        for name, (_, updates, _) in variants.items():
+            steps = max(1, round(args.share * updates))
+            rows[name] = [folder_of(args.out, name, seed, steps) for seed in range(trainings)]
+    variants = MAIN | MORE
+    jobs = [(folder, name) for name in rows for folder in rows[name] if not cost(folder, finished=True)]
+    minutes = len(jobs) * MINUTES * args.share / args.jobs
+    if jobs:
+        print(f"{len(jobs)} trainings, about {minutes:.0f} minutes where nothing else runs", file=sys.stderr)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for name, options in (("targets", []), ("targets of the paper", ["--paper"])):  # which the others share
+                train(folder_of(args.out, name, 0, 1), name, options)
+            for task in [pool.submit(train, folder, name, variants[name][0]) for folder, name in jobs]:
+                task.result()
 
-    evaluation = Evaluation(hipa.load("emoji"), 2)
-    print(HEADER)
-    for runs in (equal_steps, equal_time):
-        for name, folder in runs.items():
-            measure(name, folder, evaluation, args.seeds)
+    frozen = hipa.load("emoji")
+    evaluation = Evaluation(frozen, 2)
+    print(HEADER.replace("defective |", "defective | to 25 steps | parameters | minutes |") + "---|" * 3)
+    with torch.no_grad():
+        for steps in (25, 1):
+            figures = of_pictures(frozen, evaluation, args.seeds, steps, frozen.guidance_at(steps))
+            print_row("25 steps" if steps == 25 else "plain 1 step", [figures])
+    for name, folders in rows.items():
+        for steps in variants[name][2]:
+            measure(name, folders, evaluation, args.seeds, steps)
 
 
 if __name__ == "__main__":

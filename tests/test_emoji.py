@@ -160,9 +160,33 @@ def test_one_step_is_crisp(model):
 
 
 def test_every_variant_of_the_table_is_a_command():
-    """The table trains with options that train.py has."""
-    for options in table.VARIANTS.values():
+    """The table trains with options that train.py has, and for whole updates at any length."""
+    for options, updates, _ in [*table.MAIN.values(), *table.MORE.values()]:
         assert train.parse_args(["--data", "emoji", *options]).data == "emoji"
+        assert round(0.1 * updates) > 0
+
+
+@pytest.mark.slow
+def test_the_table(monkeypatch, capsys, tmp_path):
+    """Two tiny trainings of each row; what is trained is not trained again."""
+    monkeypatch.setattr(table, "ALIKE", [*table.ALIKE, *"--pairs 4 --teacher-steps 2 --batch 4".split()])
+    monkeypatch.setattr(table, "TRAININGS", 2)
+    names = ["**HiPA**", "as the paper trains", "LCM-LoRA"]
+    monkeypatch.setattr(table, "MAIN", {name: (*table.MAIN[name][:2], [1]) for name in names})
+    monkeypatch.setattr(table, "MORE", {"rank 4": table.MORE["rank 4"]})
+    monkeypatch.setattr(sys, "argv", ["table.py", "--out", str(tmp_path), "--seeds", "1", "--share", "0.002"])
+    table.main()
+    first, made = capsys.readouterr().out, sorted(tmp_path.glob("*/finished"))
+    names = [line.split("|")[1].strip() for line in first.splitlines()[2:]]
+    assert names == [
+        "25 steps", "plain 1 step", "**HiPA**, 1 step, 2 updates", "as the paper trains, 1 step, 1 updates",
+        "LCM-LoRA, 1 step, 1 updates", "rank 4, 1 step, 2 updates",
+    ]  # fmt: skip
+    assert len(made) == 2 + 3 * 2 + 1
+    before = [path.stat().st_mtime_ns for path in made]
+    monkeypatch.setattr(table, "of_pictures", lambda *_, **__: [0.0] * 6)
+    table.main()
+    assert [path.stat().st_mtime_ns for path in made] == before
 
 
 def test_radial_power():

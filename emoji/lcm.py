@@ -1,42 +1,25 @@
-"""What else could be trained in the same time: consistency distillation (LCM-LoRA) and plain regression of latents.
+"""Latent consistency distillation (LCM-LoRA), HiPA's peer in `table.py`: the same targets and adaptors, another loss.
 
-    python emoji/peers.py            # goes on where it stopped; half an hour on two cores
+    python emoji/lcm.py --data emoji --lr 2e-4 --out runs/lcm      # the options are train.py's
 
-All have the same targets, the same adaptors (rank 16 in every layer), batch and optimizer, and as many updates as take
-the time of HiPA's. The columns are those of `evaluate.py`. Two are trained at a time, one thread each.
+A consistency model maps every point of a trajectory from noise to picture to its end (Song et al. 2023). Distilled
+from a guided diffusion model of latents: Luo et al. 2023, arXiv 2310.04378; as adaptors: arXiv 2311.05556. Constants as
+in their code and diffusers' `LCMScheduler`.
 """
 
-import argparse
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
 import hipa  # noqa: E402
-from evaluate import Evaluation  # noqa: E402
 from lora import lora_off  # noqa: E402
-from sample import integer, run  # noqa: E402
-from table import HEADER, ONLY_LATENT, measure, train  # noqa: E402
-from train import Run, seeded  # noqa: E402
-from train import main as train_adaptors  # noqa: E402
+from sample import run  # noqa: E402
+from train import Run, main, seeded  # noqa: E402
 
-# name: (how this file or train.py is to train it, updates, steps that it can draw in)
-PEERS = {
-    "HiPA": ([], 900, [1]),
-    "latents' error only": (ONLY_LATENT, 1550, [1]),
-    "LCM-LoRA, learning rate 1e-3": (["--lr", "1e-3"], 760, [1, 2, 4]),
-    "LCM-LoRA, learning rate 2e-4": (["--lr", "2e-4"], 760, [1, 2, 4]),
-}
-
-
-# ----------------------------------------------------------------------------------------------- latent consistency
-# A consistency model maps every point of a trajectory from noise to picture to its end (Song et al. 2023). Distilled
-# from a guided diffusion model of latents: Luo et al. 2023, arXiv 2310.04378; as adaptors: arXiv 2311.05556. Constants
-# as in their code and diffusers' `LCMScheduler`.
 SKIP = 20  # timesteps between the two points of a trajectory that must agree: one step of DDIM with 50 steps
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
 HUBER = 0.001
@@ -98,32 +81,5 @@ def sample_consistency(model, prompts, seeds, steps, guidance=1.0):
     return model.decode(x)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="(%(default)s)")
-    parser.add_argument("--seeds", type=integer(1), default=3, help="of the measured pictures (%(default)s)")
-    parser.add_argument("--jobs", type=integer(1), default=2, help="trained at a time (%(default)s)")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        train(args.out, "targets", [], 1)  # which all share
-        tasks = {}
-        for name, (options, updates, _) in PEERS.items():
-            script = Path(__file__) if name.startswith("LCM") else HERE.parent / "train.py"
-            tasks[name] = pool.submit(train, args.out, name, options, updates, script)
-        folders = {name: task.result() for name, task in tasks.items()}
-    evaluation = Evaluation(hipa.load("emoji"), 2)
-    print(HEADER)
-    for name, (_, _, all_steps) in PEERS.items():
-        for steps in all_steps:
-            how = {"sample": sample_consistency} if name.startswith("LCM") else {}
-            title = f"{name}, {steps} step{'s' * (steps > 1)}"
-            measure(title, folders[name], evaluation, args.seeds, steps, **how)
-
-
 if __name__ == "__main__":
-    # With options of train.py, this is what the command above starts to train a consistency model.
-    if "--data" in sys.argv or "--resume" in sys.argv:
-        run(train_adaptors, LatentConsistency)
-    else:
-        run(main)
+    run(main, LatentConsistency)

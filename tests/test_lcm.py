@@ -1,4 +1,4 @@
-"""The peer in `emoji/peers.py` is what it is said to be: latent consistency distillation, as diffusers has it."""
+"""The peer in `emoji/lcm.py` is what it is said to be: latent consistency distillation, as diffusers has it."""
 
 import csv
 import subprocess
@@ -16,7 +16,7 @@ import train
 EMOJI = Path(hipa.__file__).parent / "emoji"
 sys.path.insert(0, str(EMOJI))
 
-import peers  # noqa: E402
+import lcm  # noqa: E402
 from parity import assert_same  # noqa: E402
 from test_devices import Accelerator  # noqa: E402
 
@@ -47,7 +47,7 @@ def test_sampling_equals_diffusers(model, steps):
                 )
             expected.append(model.vae.decode(denoised))
     with torch.no_grad():
-        drawn = peers.sample_consistency(model, prompts, seeds, steps)
+        drawn = lcm.sample_consistency(model, prompts, seeds, steps)
     assert_same(f"consistency sampling, {steps} steps", drawn, torch.cat(expected))
 
 
@@ -57,9 +57,9 @@ def test_the_teachers_step_equals_diffusers():
 
     schedule = hipa.Schedule()
     scheduler = DDIMScheduler(**NOISE, set_alpha_to_one=False, clip_sample=False, prediction_type="sample")
-    scheduler.set_timesteps(1000 // peers.SKIP)
+    scheduler.set_timesteps(1000 // lcm.SKIP)
     start, (x, x0) = torch.tensor([999, 499, 19]), torch.randn(2, 3, 4, 8, 8)
-    ours = peers.ddim(schedule, x, x0, start, (start - peers.SKIP).clamp(min=0))
+    ours = lcm.ddim(schedule, x, x0, start, (start - lcm.SKIP).clamp(min=0))
     theirs = [scheduler.step(x0[i], start[i], x[i]).prev_sample for i in range(3)]
     assert_same("step of DDIM", ours, torch.stack(theirs))
 
@@ -69,7 +69,7 @@ def test_the_boundary_equals_diffusers():
 
     timesteps = torch.tensor([0, 1, 19, 499, 999])
     theirs = LCMScheduler(**NOISE).get_scalings_for_boundary_condition_discrete(timesteps)
-    assert_same("boundary", torch.stack(peers.boundary(timesteps)), torch.stack(theirs))
+    assert_same("boundary", torch.stack(lcm.boundary(timesteps)), torch.stack(theirs))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def distillation(model):
     x0 = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 
     def loss():
-        return peers.LatentConsistency.loss_of(self, None, None, x0, ["a cat"] * 6, False)["consistency"]
+        return lcm.LatentConsistency.loss_of(self, None, None, x0, ["a cat"] * 6, False)["consistency"]
 
     return SimpleNamespace(loss=loss, run=self, parameters=parameters)
 
@@ -142,25 +142,19 @@ def test_everything_is_on_the_models_device():
         parameters = lora.add_lora(model.unet, 2)
         run = SimpleNamespace(model=model, student=model, args=SimpleNamespace(seed=0, guidance=2.0), step=0)
         x0 = torch.zeros(2, 4, 16, 16, device="meta")
-        terms = peers.LatentConsistency.loss_of(run, x0, None, x0, ["a cat"] * 2, False)
+        terms = lcm.LatentConsistency.loss_of(run, x0, None, x0, ["a cat"] * 2, False)
         sum(terms.values()).backward()
         assert all(parameter.grad.is_meta for parameter in parameters)
         with torch.no_grad():
-            assert peers.sample_consistency(model, ["a cat"] * 2, [0, 1], 2).is_meta
+            assert lcm.sample_consistency(model, ["a cat"] * 2, [0, 1], 2).is_meta
 
 
 def test_the_command_that_trains_it(tmp_path):
     """Two updates, by the same command line as train.py's; its adaptors are read by sample.py."""
     out = tmp_path / "run"
-    command = [sys.executable, EMOJI / "peers.py", "--data", "emoji", "--out", out, "--pairs", "4", "--steps", "2"]
+    command = [sys.executable, EMOJI / "lcm.py", "--data", "emoji", "--out", out, "--pairs", "4", "--steps", "2"]
     subprocess.run([*command, "--teacher-steps", "2", "--batch", "4"], check=True, capture_output=True)
     with open(out / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2"] and all(float(row["consistency"]) > 0 for row in rows)
     assert lora.load_lora(out / train.LORA_NAME, hipa.load("emoji").unet)
-
-
-def test_every_peer_is_a_command():
-    for options, updates, steps in peers.PEERS.values():
-        train.parse_args(["--data", "emoji", *options])
-        assert updates > 0 and steps
