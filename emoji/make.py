@@ -624,6 +624,9 @@ def export(tokenizer, networks, vae, vgg, evaluator):
     write_weights(HERE / "evaluator", evaluator, "model")
 
 
+TRAINED = {"unet": "unet", "decoder": "vae", "epsilon": "unet"}  # what --improve takes: its folder
+
+
 def improve(part, minutes, device, build, everything, captions):
     """Trains a part of the model in `emoji/` further, until it has had `minutes`.
 
@@ -634,8 +637,7 @@ def improve(part, minutes, device, build, everything, captions):
         out = build / "epsilon"
         if not out.exists():
             shutil.copytree(HERE, out, ignore=lambda folder, names: {"build", "__pycache__", LORA_NAME} & set(names))
-    trained = {"unet": "unet", "epsilon": "unet", "decoder": "vae"}[part]
-    earlier = read_progress(out / trained / "diffusion_pytorch_model.safetensors")
+    earlier = read_progress(out / TRAINED[part] / "diffusion_pytorch_model.safetensors")
     model = hipa.load(out, device)
     if part == "epsilon" and model.schedule.prediction_type != "epsilon":  # just copied
         earlier = {}
@@ -667,6 +669,10 @@ def main():
     parser.add_argument("--improve", nargs=2, metavar=("PART", "MINUTES"),
                         help="only train the unet or the decoder further, until it has had MINUTES in all")  # fmt: skip
     args = parser.parse_args()
+    if args.improve:
+        part, minutes = args.improve
+        if part not in TRAINED or not regex.fullmatch(r"\d{1,6}(\.\d+)?", minutes):
+            parser.error(f"--improve takes one of {', '.join(TRAINED)}, then minutes: not {part} {minutes}")
     if not Path(FONT).exists():
         sys.exit(f"error: {FONT} is missing: apt-get install fonts-noto-color-emoji")
     args.build.mkdir(exist_ok=True)

@@ -88,3 +88,11 @@ def test_a_copy_that_predicts_noise(copy):
     folder = copy / "emoji" / "build" / "epsilon"
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "epsilon"
     assert progress(folder / "unet" / UNET.name)["step"] > 0
+
+
+@pytest.mark.parametrize("what", [("unett", "5"), ("unet", "soon"), ("unet", "-1"), ("decoder", "nan")], ids="-".join)
+def test_a_typo_is_told_at_once(what):
+    done = subprocess.run(
+        [sys.executable, "emoji/make.py", "--improve", *what], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--improve takes one of unet, decoder, epsilon" in done.stderr.splitlines()[-1]
