@@ -163,6 +163,8 @@ class CLIPTextConfig:
 class SelfAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
+        if cfg.hidden_size % cfg.num_attention_heads:
+            raise ValueError(f"{cfg.hidden_size} channels do not divide into {cfg.num_attention_heads} heads")
         self.heads = cfg.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             nn.Linear(cfg.hidden_size, cfg.hidden_size) for _ in range(4)

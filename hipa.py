@@ -10,6 +10,7 @@ x_t = alpha_t x_0 + sigma_t epsilon, with alpha_t = sqrt(alphas_cumprod[t]), sig
 B batch, H and W the picture's height and width, h and w the latent's. Pictures are in [-1, 1].
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -31,13 +33,58 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from lora import lora_off
+from lora import lora_off, write_file
 from unet import UNet2DConditionModel, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
 
 class UserError(Exception):
     """A mistake that the user can fix. The command line prints its message, one line, and exits with code 2."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
+
+
+def printable(text, most=1000):
+    """Words from outside on one line, long ones without their middle. What a terminal would obey is escaped."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}"
+
+
+def out_of_memory(error):
+    """Whether an exception means that: Python's, CUDA's, or torch's on a CPU, which is a mere RuntimeError."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
+
+
+def writable(folder):
+    """Makes the folder and checks that files can be written, before anything slow starts. Raises UserError."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked(folder, advice=None):
+    """One process at a time is in here. Others wait, or with `advice` raise UserError. It ends with the process."""
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if advice else 0))
+    except BlockingIOError:
+        locks = Path("/proc/locks").read_text() if os.path.exists("/proc/locks") else ""
+        who = re.search(rf"FLOCK .* (\d+) \S+:{os.fstat(handle).st_ino} ", locks)
+        raise UserError(f"{folder} is in use by process {who[1] if who else 'unknown'}: {advice}") from None
+    except (ImportError, OSError):
+        pass  # Windows, and disks that have no locks
+    try:
+        yield
+    finally:
+        if handle:
+            os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------- schedule
@@ -175,7 +222,8 @@ def generate(model, prompts, x, first=None, steps=1, guidance=None, negative="",
         unconstrained, predict_x0 = predict_x0, lambda x, t: constrain(unconstrained(x, t))
     pictures = model.decode(dpm_solver(predict_x0, x, model.schedule, steps, first, progress))
     if not torch.isfinite(pictures).all():
-        raise UserError("the picture is not finite (NaN or inf): the weights are damaged, or need --dtype float32")
+        more = "" if model.dtype == torch.float32 else ", or need --dtype float32"
+        raise UserError(f"the picture is not finite (NaN or inf): the weights are damaged{more}")
     return pictures
 
 
@@ -399,7 +447,7 @@ def load(model="emoji", device="cpu", dtype=torch.float32):
 
     try:
         tokenizer = Tokenizer.load(folder / "tokenizer")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / 'tokenizer'}: no readable tokenizer ({type(error).__name__}: {error})") from None
     parts = StableDiffusion(
         tokenizer=tokenizer,
@@ -426,16 +474,22 @@ class NoInitialisation(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def read_config(cls, path):
-    """A config dataclass from its JSON file. Raises UserError for settings that the code does not implement."""
+def read_json(path):
+    """The {...} in a JSON file from outside. Raises UserError, whatever else it holds."""
     try:
-        settings = json.loads(Path(path).read_text("utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError(f"{type(settings).__name__} in place of {{...}}")
+        found = json.loads(Path(path).read_text("utf-8-sig"))
+        if not isinstance(found, dict):
+            raise ValueError(f"{type(found).__name__} in place of {{...}}")
+        return found
     except FileNotFoundError:
         raise UserError(f"{path} is missing: not a diffusers checkpoint, or not all of one") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from None
+
+
+def read_config(cls, path):
+    """A config dataclass from its JSON file. Raises UserError for settings that the code does not implement."""
+    settings = read_json(path)
     missing = [key for key in getattr(cls, "REQUIRED", ()) if key not in settings]
     if missing:
         raise UserError(f"{path} does not say {', '.join(missing)}")
@@ -453,6 +507,10 @@ def read_config(cls, path):
             kinds = {float: (float, int)}.get(type(defaults[key]), (type(defaults[key]),))
             if type(value) not in ((int, tuple) if key == "attention_head_dim" else kinds):
                 supported = f"only a value like {defaults[key]!r}"
+            most = 1 if type(defaults[key]) is float else 100 if "layers" in key else 2**20
+            numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) in (int, float)]
+            if not all(0 < n <= most for n in numbers):
+                supported = f"only above 0 and up to {most}"
         if supported:
             raise UserError(f"{path}: {key} = {value!r} is not supported ({supported})")
     return cls(**{key: value for key, value in settings.items() if key in defaults})
@@ -466,7 +524,7 @@ def weights_file(folder, half=False):
         if (folder / name).exists():
             return folder / name
     pickles = [path for suffix in ("bin", "ckpt", "pt") for path in folder.glob(f"*.{suffix}")]
-    raise UserError(f"{pickles[0]} is {PICKLE}" if pickles else f"{folder / names[0]} is missing")
+    raise UserError(f"{pickles[0]} is {PICKLE}" if pickles else f"{folder / names[0]} is missing, or in several parts")
 
 
 PICKLE = "a pickle, which can run code when read: get the .safetensors file instead"
@@ -474,7 +532,7 @@ NOT_WEIGHTS = {  # what a file begins with: what it is
     b"version https://git-lfs": "a git-LFS pointer, not weights: run `git lfs pull` in its repository",
     b"<": "an HTML page, not weights: delete it and download again",
     b"PK": PICKLE,
-    b"\x80\x02": PICKLE,
+    b"\x80": PICKLE,
 }
 
 
@@ -567,72 +625,69 @@ def files_of(there, half=False):
 def download(repo, cache, half):
     """Downloads what `load` reads of a public repository into its cache folder, and returns the snapshot's folder."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    index = cache / "index.json"
-    try:
-        for old in (index, Path(f"{index}.part")):
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to the cache {cache}: {error.strerror}") from None
+    index = cache / f"index.{os.getpid()}"  # several processes may ask at once
     fetch(f"{endpoint}/api/models/{repo}/revision/main?blobs=true", index, repo=repo)
     try:
-        answer = json.loads(index.read_bytes())
+        answer = read_json(index)
         files = {file["rfilename"]: file.get("lfs") or {} for file in answer["siblings"]}
         commit = re.fullmatch("[0-9a-f]{40}", answer["sha"])[0]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (UserError, LookupError, TypeError, AttributeError):
         raise UserError(f"{endpoint} does not answer as the Hugging Face hub: is a login page in between?") from None
+    finally:
+        index.unlink()
     names = files_of(files, half)
     if not names:
         raise UserError(f"{repo} is no complete Stable Diffusion checkpoint with .safetensors weights")
     for name in names:
         digest = SHA256.get(repo, {}).get(name, files[name].get("sha256"))
         fetch(f"{endpoint}/{repo}/resolve/{commit}/{name}", cache / "snapshots" / commit / name, digest, repo)
-    revision = cache / "refs" / "main"
-    revision.parent.mkdir(exist_ok=True)
-    revision.write_text(commit)
+    (cache / "refs").mkdir(exist_ok=True)
+    write_file(cache / "refs" / "main", commit.encode())
     return cache / "snapshots" / commit
 
 
 def fetch(url, path, digest=None, repo=None, tries=4):
     """Downloads `url` to `path`, which appears once it is complete and its sha256 is `digest`. Partial files resume."""
     part = Path(f"{path}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to the cache {path.parent}: {error.strerror}") from None
-    for attempt in range(tries):
-        if path.exists():
-            return
-        time.sleep(attempt)
-        start = part.stat().st_size if part.exists() else 0
-        headers = {"User-Agent": "hipa"} | ({"Range": f"bytes={start}-"} if start else {})
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
-                start *= response.status == 206  # a server that ignores the range begins again
-                length = response.headers.get("Content-Length")
-                total = start + int(length) if length else None
-                bar = tqdm(total=total, initial=start, desc=path.name, unit="B", unit_scale=True, leave=False)
-                with bar, open(part, "ab" if start else "wb") as file:
-                    while chunk := response.read(1 << 20):
-                        bar.update(file.write(chunk))
-            if total and part.stat().st_size < total:
-                raise OSError(f"the connection was cut at {part.stat().st_size} of {total} bytes")
-            if digest and sha256(part) != digest:
+    writable(path.parent)
+    with locked(path.parent):  # two would write to the same partial file
+        for attempt in range(tries):
+            if path.exists():
+                return
+            time.sleep(attempt)
+            start = part.stat().st_size if part.exists() else 0
+            headers = {"User-Agent": "hipa"} | ({"Range": f"bytes={start}-"} if start else {})
+            try:
+                with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
+                    start *= response.status == 206  # a server that ignores the range begins again
+                    length = response.headers.get("Content-Length")
+                    total = start + int(length) if length else None
+                    bar = tqdm(total=total, initial=start, desc=path.name, unit="B", unit_scale=True, leave=False)
+                    with bar, open(part, "ab" if start else "wb", buffering=0) as file:
+                        while chunk := response.read(1 << 20):
+                            bar.update(file.write(chunk))
+                        os.fsync(file)
+                if total and part.stat().st_size < total:
+                    raise OSError(f"the connection was cut at {part.stat().st_size} of {total} bytes")
+                if digest and sha256(part) != digest:
+                    raise UserError(f"the sha256 is not {digest}")
+                {".json": read_json, ".safetensors": read_weights}.get(path.suffix, str)(part)
+                part.replace(path)
+            except UserError as error:
                 part.unlink()
-                raise UserError(f"{url}: the file's sha256 is not {digest}; deleted, try again")
-            part.replace(path)
-        except urllib.error.HTTPError as error:
-            if error.code == 416:  # the partial file is longer than the file: it is another one's
-                part.unlink(missing_ok=True)
-            elif error.code in (401, 403, 404):
-                hint = f". If the model is private or gated: `hf download {repo}` puts it into the same cache"
-                raise UserError(f"{url}: HTTP {error.code}{hint if repo else ''}") from None
-            reason = f"HTTP {error.code}"
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error or repr(error)
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                break
+                raise UserError(f"{url}: {error}; deleted, try again (is a login page in between?)") from None
+            except urllib.error.HTTPError as error:
+                if error.code == 416:  # the partial file is longer than the file: it is another one's
+                    part.unlink(missing_ok=True)
+                elif error.code in (401, 403, 404):
+                    hint = f". If the model is private or gated: `hf download {repo}` puts it into the same cache"
+                    raise UserError(f"{url}: HTTP {error.code}{hint if repo else ''}") from None
+                reason = f"HTTP {error.code}"
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", None) or error or repr(error)
+                if getattr(error, "errno", None) == errno.ENOSPC:
+                    break
     if not path.exists():
-        reason = " ".join("".join(c for c in str(reason) if c.isprintable() or c.isspace()).split())  # others' words
         raise UserError(f"cannot download {url}: {reason}. Without a network: --model emoji, or a local folder")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of attn1 and attn2: 3,319,808 parameters at rank 16 on SD 2.1-base
@@ -151,11 +151,26 @@ def save_lora(path, net, metadata=None):
     save_atomically(tensors, path, {"format": "pt", **(metadata or {})})
 
 
-def save_atomically(tensors, path, metadata=None):
-    """Writes a safetensors file, which appears at once or not at all."""
-    part = Path(path).with_suffix(".part")
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata)
-    os.replace(part, path)
+def save_atomically(tensors, path, metadata=None, keep=None):
+    """`write_file` of a safetensors file."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_file(path, save(tensors, metadata), keep)
+
+
+def write_file(path, data, keep=None):
+    """Writes bytes to a file that appears whole and on the disk, or not at all. The old one is renamed to `keep`."""
+    part = f"{path}.{os.getpid()}.part"  # two processes may write the same file
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name with nothing in it
+        if keep and os.path.exists(path):
+            os.replace(path, keep)
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
 
 
 # What each kind of file calls the two factors.
@@ -210,7 +225,7 @@ def load_lora(path, net):
     incomplete = [name for name, parts in found.items() if not {"A", "B"} <= parts.keys()]
     if unknown or incomplete or not found:
         which = ", ".join((unknown or incomplete)[:5]) or "no tensors in it"
-        raise ValueError(f"{path} holds no adaptors for this network's UNet, or others too: {which}")
+        raise ValueError(f"{path} holds no adaptors for this network's UNet, or others (text encoder?) too: {which}")
     loras = {}
     for name, parts in found.items():
         try:

@@ -14,13 +14,13 @@ Paths of the pictures go to stdout, progress to stderr. A mistake ends in one li
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import math
 import os
 import re
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -35,11 +35,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("prompt", nargs="?", help='what to draw; "" draws without a prompt')
     add("--prompts", type=Path, metavar="FILE", help="one prompt a line, or a COCO captions file (.json)")
-    add("-n", type=integer(1), default=1, metavar="N", help="pictures per prompt (%(default)s)")
+    add("-n", type=integer(1, 10**5), default=1, metavar="N", help="pictures per prompt (%(default)s)")
     add("--seed", type=integer(0), default=0, help="picture k is drawn from seed + k (%(default)s)")
-    add(
-        "--steps", type=integer(1, 1000), help="UNet evaluations, 1 to 1000 (1 if there are adaptors, else the model's)"
-    )
+    add("--steps", type=integer(1, 1000), help="UNet evaluations, up to 1000 (with adaptors 1, else the model's)")
     add("--guidance", type=number, help="classifier-free guidance (the model's; with one step 1, which is none)")
     add("--negative", default="", metavar="TEXT", help="what guidance is to lead away from")
     add("--model", default="emoji", help="a folder, a Hugging Face id, emoji, sd15, sd21, sd-turbo (%(default)s)")
@@ -96,7 +94,7 @@ def number(text):
 
 def width_height(text):
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    if not match or not int(match[1]) or not int(match[2] or 1):
+    if not match or not 0 < int(match[1]) * int(match[2] or match[1]) <= 2**26:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64 or 768x512")
     return int(match[1]), int(match[2] or match[1])
 
@@ -131,7 +129,7 @@ from tqdm import tqdm  # noqa: E402
 
 import hipa  # noqa: E402
 from hipa import UserError  # noqa: E402
-from lora import load_lora, merge  # noqa: E402
+from lora import load_lora, merge, write_file  # noqa: E402
 from unet import UNetConfig  # noqa: E402
 from vae import VAEConfig, grid, to_pil, to_tensor  # noqa: E402
 
@@ -163,7 +161,7 @@ def apply_lora(model, path, weight=1.0):
 def read_prompts(path):
     """One prompt a line, or a COCO captions file: the first caption of each image, as FID-5k is measured."""
     try:
-        text = path.read_text("utf-8-sig")
+        text = "" if path.is_char_device() else path.read_text("utf-8-sig")  # /dev/zero has no end
         if path.suffix == ".json":
             captions = {}
             for annotation in json.loads(text)["annotations"]:
@@ -171,9 +169,7 @@ def read_prompts(path):
             prompts = list(captions.values())
         else:
             prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is neither text with one prompt a line nor a COCO captions file") from None
     if not prompts:
         raise UserError(f"{path} has no prompts in it")
@@ -219,16 +215,20 @@ def on(picture, colour):
 
 
 def load_picture(path):
+    # Not all that Pillow can: Ghostscript would run an EPS, whatever its name.
+    formats = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            if isinstance(path, Path) and path.is_fifo():
+                raise OSError("not a file")  # opened, it might never answer
+            with Image.open(path, formats=formats) as file:
                 picture = ImageOps.exif_transpose(file)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: reduce it first") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{path} is no picture, or of a kind that Pillow cannot read") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # the last is AVIF's
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if picture.mode[0] in "IF":  # "I;16", "I": 16 bits; "F": 0 to 1
         values = np.asarray(picture, dtype="float32") * (255 if picture.mode == "F" else 1 / 257)
@@ -262,19 +262,11 @@ def draw(model, prompts, seeds, size, image=None, mask=None, scale=None, **optio
 
 
 # -------------------------------------------------------------------------------------------------------------- output
-def writable(folder):
-    """Makes the folder and checks that files can be written, before anything slow starts."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
-
-
 def slug(text, most=60):
     """A prompt as a safe piece of a file name: letters and digits of any script, at most `most` bytes."""
     words = "-".join(re.findall(r"\w+", text.lower()))
-    return words.encode("utf-8", "ignore")[:most].decode("utf-8", "ignore").strip("-_") or "picture"
+    coding = sys.getfilesystemencoding()
+    return words.encode(coding, "ignore")[:most].decode(coding, "ignore").strip("-_") or "picture"
 
 
 def clean(text):
@@ -290,13 +282,15 @@ def next_numbers(folder):
 
 def save(picture, folder, numbers, name, parameters):
     """Writes a PNG under the next free number, never over a file that exists. Returns its path."""
-    info = PngInfo()
+    info, file = PngInfo(), io.BytesIO()
     info.add_text("parameters", parameters)
-    for number in numbers:
-        path = folder / f"{number:04d}-{name}.png"
-        with contextlib.suppress(FileExistsError), open(path, "xb") as file:
-            picture.save(file, "PNG", pnginfo=info)
-            return path
+    picture.save(file, "PNG", pnginfo=info)
+    with hipa.locked(folder):
+        for number in numbers:
+            path = folder / f"{number:04d}-{name}.png"
+            if not path.exists():
+                write_file(path, file.getvalue())
+                return path
 
 
 def show(picture):
@@ -310,13 +304,17 @@ def show(picture):
 
 def parameters(args, prompt, seed, steps, guidance, size, lora):
     """What a picture was made from, in the words image viewers know from other Stable Diffusion programs."""
-    lines = [prompt, f"Negative prompt: {clean(args.negative)}"] if args.negative else [prompt]
-    settings = f"Steps: {steps}, Sampler: DPM++ 2M trailing, CFG scale: {guidance:g}, Seed: {seed}"
-    made_with = f"Model: {args.model}" + (f", Lora: {clean(str(lora[0]))}:{lora[1]:g}" if lora[0] else "")
+    lines = [prompt, f"Negative prompt: {args.negative}"] if args.negative else [prompt]
+    made = {"Steps": steps, "Sampler": "DPM++ 2M trailing", "CFG scale": f"{guidance:g}", "Seed": seed}
+    made |= {"Size": f"{size[0]}x{size[1]}", "Model": args.model}
+    if lora[0]:
+        made["Lora"] = f"{'/'.join(lora[0].parts[-2:])}:{lora[1]:g}"
     if args.image:
-        made_with += f", Image: {clean(args.image.name)}, Denoising strength: {args.strength:g}"
-        made_with += f", Mask: {clean(args.mask.name)}" if args.mask else f", Scale: {args.scale}" if args.scale else ""
-    return "\n".join([*lines, f"{settings}, Size: {size[0]}x{size[1]}, {made_with}"])
+        made |= {"Image": args.image.name, "Denoising strength": f"{args.strength:g}"}
+        made |= {"Mask": args.mask.name} if args.mask else {"Scale": args.scale} if args.scale else {}
+    values = {key: json.dumps(text) if re.search('[,"\n]', text := str(value)) else text for key, value in made.items()}
+    lines = [" ".join(line.split()) for line in lines]  # a line break would begin another entry
+    return clean("\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in values.items())]))
 
 
 def main(args):
@@ -324,7 +322,7 @@ def main(args):
     device = choose_device(args.device)
     dtype = args.dtype if args.dtype != "auto" else "float16" if device == "cuda" else "float32"
     dtype = getattr(torch, dtype)
-    writable(args.out)
+    hipa.writable(args.out)
     image = read_picture(args.image) if args.image else None
     mask = read_mask(args.mask, image.size) if args.mask else None
     if args.scale and args.scale**2 * image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -346,8 +344,7 @@ def main(args):
 
     # Each picture's prompt and seed, in order; a batch is a slice of this list.
     jobs = [(clean(prompt), args.seed + k) for k, prompt in enumerate(p for p in prompts for _ in range(args.n))]
-    batches = [jobs[i : i + args.batch] for i in range(0, len(jobs), args.batch)]
-    total = len(batches) * steps
+    total = math.ceil(len(jobs) / args.batch) * steps
     options = {"steps": steps, "guidance": guidance, "negative": clean(args.negative)}
     wide = size[0]
     if image:
@@ -361,9 +358,18 @@ def main(args):
     shown = colours and wide <= 128 if args.show is None else args.show
     numbers, of_prompt = next_numbers(args.out), []  # the current prompt's pictures, for its grid
     with tqdm(total=total, unit="step", leave=False, disable=total == 1) as bar:
-        for batch in batches:
+        done, most = 0, args.batch
+        while batch := jobs[done : done + most]:
             words, seeds = zip(*batch)
-            pictures = draw(model, words, seeds, size, progress=bar.update, **options)
+            try:
+                pictures = draw(model, words, seeds, size, progress=bar.update, **options)
+            except Exception as error:
+                if not hipa.out_of_memory(error) or len(batch) == 1 or most < args.batch:
+                    raise
+                most = len(batch) // 2
+                bar.write(f"not enough memory for --batch {args.batch}: going on with {most}", file=sys.stderr)
+                continue
+            done += len(batch)
             for picture, (prompt, seed) in zip(pictures, batch):
                 of_prompt.append(picture)
                 made = [(picture, f"{seed}-{slug(prompt)}", seed)]
@@ -383,16 +389,23 @@ def run(main, *args):
     """Runs a command line's main(): a user's mistake is one line and exit code 2, an interruption no traceback."""
     if sys.stdout:  # None where it was closed
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding cannot spell
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {hipa.printable(message)}", file=sys.stderr)
     try:
         main(*args)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if hipa.out_of_memory(error):
+            error = "not enough memory: try a lower --batch, --size or --teacher-batch, --accumulate or --checkpointing"
+        elif not isinstance(error, (UserError, OSError)):
+            raise
+        if isinstance(error, OSError):
+            sys.stdout = None  # it may be what failed: the reader of our output went away, or its disk is full
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        print(f"error: {hipa.printable(where + (getattr(error, 'strerror', None) or str(error)))}", file=sys.stderr)
         sys.exit(2)
 
 

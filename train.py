@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -45,9 +46,9 @@ import hipa
 import unet
 import vae
 from hipa import UserError
-from lora import ATTENTION, adapted, add_lora, lora_off, save_atomically, save_lora
+from lora import ATTENTION, adapted, add_lora, lora_off, save_atomically, save_lora, write_file
 from losses import DISTS, LPIPS, VGG, HiPALoss, VGGConfig
-from sample import LORA_NAME, choose_device, integer, number, read_prompts, run, writable
+from sample import LORA_NAME, choose_device, integer, number, read_prompts, run
 
 HERE = Path(__file__).resolve().parent
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -79,11 +80,14 @@ def parse_args(argv=None):
     def preset(name):
         return "(" + ", ".join(f"{data}: {values[name]}" for data, values in PRESETS.items()) + ")"
 
+    def place(text):  # so that --resume finds it from another folder
+        return os.path.abspath(text) if os.path.exists(text) and text not in {*PRESETS, *hipa.SHORT_NAMES} else text
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help shows all options)\n")
+    parser.error = lambda message: parser.exit(2, f"error: {hipa.printable(message)} (--help shows all options)\n")
     add = parser.add_argument
-    add("--data", help="emoji, coco (downloads 253 MB once), or a file of prompts")
-    add("--model", help=f"a folder, a Hugging Face id, or a short name, as for sample.py {preset('model')}")
+    add("--data", type=place, help="emoji, coco (downloads 253 MB once), or a file of prompts")
+    add("--model", type=place, help=f"a folder, a Hugging Face id, or a short name, as for sample.py {preset('model')}")
     add("--out", type=Path, help="folder of this run (runs/<data>)")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--paper", action="store_true", help="only the paper's losses: no energy or latent term, all pairs from noise")
@@ -120,13 +124,15 @@ def parse_args(argv=None):
 
     if args.resume:
         try:
-            begun = json.loads((args.out / "settings.json").read_text("utf-8"))
-            begun["targets"] = Path(begun["targets"])
-        except (OSError, ValueError, KeyError, TypeError):
-            parser.error(f"--out {args.out} is no folder of a run, which --resume needs")
-        parser.set_defaults(**begun)
-        args = parser.parse_args(argv)
-        for name, value in begun.items():
+            begun = hipa.read_json(args.out / "settings.json")
+            begun |= {"targets": args.out / begun["targets"], "data": begun["data"]}
+        except (UserError, KeyError, TypeError):
+            parser.error(f"--out {args.out} is no folder of a run, which --resume needs, or settings.json is damaged")
+        said = {k.replace("_", "-"): v for k, v in begun.items() if v is not None and v is not False}
+        words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in said.items()]
+        begun = parser.parse_args(words)  # which refuses what no run was begun with
+        args = parser.parse_args([*words, *(sys.argv[1:] if argv is None else argv)])
+        for name, value in vars(begun).items():
             if name not in FREE and getattr(args, name) != value:
                 parser.error(f"the run in {args.out} was begun with --{name.replace('_', '-')} {value}")
     elif args.paper:
@@ -168,8 +174,7 @@ def find_prompts(data):
             archive = path.with_suffix(".zip")
             hipa.fetch(COCO, archive, COCO_SHA256)
             with zipfile.ZipFile(archive) as file:
-                path.with_suffix(".part").write_bytes(file.read("annotations/captions_train2017.json"))
-            path.with_suffix(".part").replace(path)
+                write_file(path, file.read("annotations/captions_train2017.json"))
             archive.unlink()
     prompts = read_prompts(path)
     random.Random(0).shuffle(prompts)
@@ -222,32 +227,38 @@ class Targets:
 
     def check(self, **settings):
         """Refuses targets made with other settings, or writes down what these are made with. Raises UserError."""
-        writable(self.folder)
+        hipa.writable(self.folder)
         path = self.folder / "settings.json"
         settings["prompts"] = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
-        if path.exists():
-            there = json.loads(path.read_text("utf-8"))
-            wrong = [key for key, value in settings.items() if there.get(key) != value]
+        if any(self.folder.glob("*.safetensors")) and path.exists():
+            there = hipa.read_json(path)
+            wrong = [key.replace("steps", "--teacher-steps") for key in settings if there.get(key) != settings[key]]
             if wrong:
                 raise UserError(f"{self.folder} holds targets made with another {wrong[0]}: name another --targets")
-        path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        else:
+            write_file(path, json.dumps(settings, indent=2).encode())
 
     def missing(self):
         """The shards still to be drawn, ranges of pairs; this process draws every WORLD-th."""
-        shards = []
-        for indices in self.shards[RANK::WORLD]:
-            if self.path(indices[0]).exists():
-                with safe_open(self.path(indices[0]), "pt") as file:  # with fewer pairs, others began with noise
-                    if file.get_tensor("t")[: len(indices)].tolist() == [self.plan(k)[2] for k in indices]:
-                        continue
-            shards.append(indices)
-        return shards
+        return [indices for indices in self.shards[RANK::WORLD] if not self.whole(indices)]
+
+    def whole(self, indices):
+        """Whether the shard of these pairs is there, undamaged and as planned."""
+        try:
+            with safe_open(self.path(indices[0]), "pt") as file:  # with fewer pairs, others began with noise
+                t, (n, *shape), (m, *like) = file.get_tensor("t"), *(file.get_slice(x).get_shape() for x in ("x0", "x"))
+            fits = (n, m) == (len(t), int((t < self.last).sum())) and shape == like and shape[0] < shape[1] == shape[2]
+            return fits and t[: len(indices)].tolist() == [self.plan(k)[2] for k in indices]
+        except (OSError, SafetensorError, ValueError, LookupError):
+            return False
 
     def make(self, model, steps, guidance, batch):
         """Stage one: draws what is missing."""
         shards = self.missing()
         with tqdm(total=sum(map(len, shards)), desc="teacher", unit="picture", disable=RANK > 0) as bar:
             for indices in shards:
+                if self.path(indices[0]).exists():
+                    tqdm.write(f"{self.path(indices[0])} is damaged, or has other pairs: drawn again", file=sys.stderr)
                 tensors = self.draw(model, indices, steps, guidance, batch, bar.update)
                 save_atomically(tensors, self.path(indices[0]))
         barrier()
@@ -347,6 +358,9 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=seeded("epoch", seed, epoch)).tolist()
 
 
+MOMENTS = "exp_avg", "exp_avg_sq"  # of Adam
+
+
 class Run:
     """Stage two: the student, its optimizer, and what is kept of them in the run's folder."""
 
@@ -357,7 +371,8 @@ class Run:
         names = [f"{path}.{factor}" for path in adapted(model.unet) for factor in "AB"]
         self.named_parameters = dict(zip(names, self.parameters, strict=True))
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-        self.step, self.seconds, self.rows = 0, 0.0, []
+        self.step, self.seconds, self.rows, self.damaged = 0, 0.0, [], None
+        self.states = [args.out / f"state{age}.safetensors" for age in ("", "-before")]
         self.student = model
         if WORLD > 1:  # gradients are averaged as they pass through the wrapper
             self.student = dataclasses.replace(model, unet=DistributedDataParallel(model.unet))
@@ -435,33 +450,37 @@ class Run:
         args, tensors = self.args, {}
         for name, parameter in self.named_parameters.items():
             state = self.optimizer.state[parameter]
-            tensors |= {name: parameter, **{f"{name}.{m}": state[m] for m in ("exp_avg", "exp_avg_sq")}}
-        made = {"base_model": args.model, "rank": str(args.rank), "step": str(self.step)}
+            tensors |= {name: parameter, **{f"{name}.{m}": state[m] for m in MOMENTS}}
+        name = os.path.basename(args.model) if os.path.isabs(args.model) else args.model
+        made = {"base_model": name, "rank": str(args.rank), "step": str(self.step)}
         save_lora(args.out / LORA_NAME, self.model.unet, made)
-        part = args.out / "log.part"
-        with open(part, "w", newline="") as file:
-            columns = {column: None for row in (self.rows[0], self.rows[-1]) for column in row}
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        part.replace(args.out / "log.csv")
-        state = {"step": str(self.step), "seconds": repr(self.seconds)}
-        save_atomically(tensors, args.out / "state.safetensors", state)  # last, for it is what --resume believes
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, {column: None for row in self.rows for column in row})
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_file(args.out / "log.csv", table.getvalue().encode())
+        state = {"step": str(self.step), "seconds": repr(self.seconds), "rows": json.dumps(self.rows)}
+        last, before = self.states  # written at last, for it is what --resume believes
+        save_atomically(tensors, last, state, keep=None if self.damaged else before)
+        self.damaged = None
 
     def resume(self):
-        """Takes up the state that is kept in the run's folder, if there is one. Later rows of the log are dropped."""
-        path, log = self.args.out / "state.safetensors", self.args.out / "log.csv"
-        if not path.exists():
-            return
-        with safe_open(path, "pt") as file:
-            self.step, self.seconds = int(file.metadata()["step"]), float(file.metadata()["seconds"])
-            for name, parameter in self.named_parameters.items():
-                parameter.data.copy_(file.get_tensor(name))
-                moments = {m: file.get_tensor(f"{name}.{m}").to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
-        if log.exists():
-            with open(log, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
+        """Takes up the last state in the run's folder; if that is damaged, loudly, the one before. Raises UserError."""
+        for path in filter(os.path.exists, self.states):
+            try:
+                with safe_open(path, "pt") as file:
+                    tensors, state = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+                for name, parameter in self.named_parameters.items():
+                    moments = {m: torch.empty_like(parameter).copy_(tensors[f"{name}.{m}"]) for m in MOMENTS}
+                    parameter.data.copy_(tensors[name])
+                    self.optimizer.state[parameter] = {"step": torch.tensor(float(state["step"])), **moments}
+                self.step, self.seconds, self.rows = (json.loads(state[key]) for key in ("step", "seconds", "rows"))
+                return
+            except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+                tqdm.write(f"warning: {path} is damaged: {hipa.printable(error)}", file=sys.stderr)
+                self.damaged = path
+        if self.damaged:
+            raise UserError(f"no state in {self.args.out} can be read: delete state*, and --resume begins at step 0")
 
     @torch.no_grad()
     def draw_samples(self):
@@ -478,12 +497,13 @@ class Run:
         folder = self.args.out / "samples"
         folder.mkdir(exist_ok=True)
         sheet = vae.grid([picture for row in rows for picture in vae.to_pil(row)], columns=HELD_OUT)
-        sheet.save(folder / f"{self.step:06d}.png")
+        sheet.save(file := io.BytesIO(), "PNG")
+        write_file(folder / f"{self.step:06d}.png", file.getvalue())
 
 
 def rehearse(run):
     """Before anything slow: one throw-away update of each kind and one batch of the teacher, to see that memory
-    suffices and to tell how long both stages will take. Changes nothing. Raises UserError."""
+    suffices and to tell how long both stages will take. Changes nothing."""
     args, model, targets = run.args, run.model, run.targets
     drawing = sum(map(len, targets.missing()))
     drawn, trained = min(args.teacher_batch, drawing), args.batch // WORLD // args.accumulate
@@ -506,13 +526,9 @@ def rehearse(run):
                 torch.cuda.synchronize()
         return count * (time.perf_counter() - start) / 60 if count else 0
 
-    try:
-        first = minutes(drawing / max(drawn, 1) * args.teacher_steps, teacher)
-        head = args.head_start * args.steps * args.accumulate
-        second = minutes(head, update, True) + minutes(args.steps * args.accumulate - head, update, False)
-    except torch.OutOfMemoryError:
-        advice = "a lower --batch or --teacher-batch, --accumulate, or --checkpointing"
-        raise UserError(f"not enough memory on {model.device}: try {advice}") from None
+    first = minutes(drawing / max(drawn, 1) * args.teacher_steps, teacher)
+    head = args.head_start * args.steps * args.accumulate
+    second = minutes(head, update, True) + minutes(args.steps * args.accumulate - head, update, False)
     peak = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if model.device.type == "cuda" else ""
     if not RANK:
         count = sum(parameter.numel() for parameter in run.parameters)
@@ -522,7 +538,7 @@ def rehearse(run):
 
 # ---------------------------------------------------------------------------------------------------------- processes
 class Interrupted:
-    """Set by SIGTERM and Ctrl-C, so that the step at hand is finished and saved first. A second Ctrl-C ends at once."""
+    """Set by SIGTERM, SIGHUP, Ctrl-C, so that the step at hand is finished and saved first; by a second Ctrl-C not."""
 
     is_set = 0
 
@@ -550,7 +566,15 @@ def main(run_class=Run):
     """`run_class` trains; `emoji/lcm.py` has one with another loss."""
     args = parse_args()
     device = choose_device(args.device)
-    if not args.resume and (args.out / "settings.json").exists():
+    hipa.writable(args.out)
+    with contextlib.nullcontext() if RANK else hipa.locked(args.out, "wait for it, or name another --out"):
+        train_adaptors(args, device, run_class)
+
+
+def train_adaptors(args, device, run_class):
+    for part in () if RANK else args.out.rglob("*.part"):  # of a process that was killed
+        part.unlink(missing_ok=True)
+    if not args.resume and any((args.out / name).exists() for name in ("settings.json", "state.safetensors")):
         raise UserError(f"{args.out} holds a run already: continue it with --resume, or name another --out")
     if WORLD > 1:
         if device == "cuda":
@@ -558,8 +582,9 @@ def main(run_class=Run):
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=2))
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, INTERRUPTED)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # the terminal was closed; nohup ignores that
+        signal.signal(signal.SIGHUP, INTERRUPTED)
     torch.set_float32_matmul_precision("high")  # TF32 for what is float32 on a GPU; no effect on a CPU
-    writable(args.out)
     if RANK:
         barrier()  # the first process downloads, the others find it in the caches
     folder = hipa.find_checkpoint(args.model)
@@ -572,9 +597,6 @@ def main(run_class=Run):
     if not RANK:
         made_with = {"guidance": args.guidance, "steps": args.teacher_steps, "later": args.later, "format": 3}
         targets.check(unet=hipa.sha256(hipa.weights_file(folder / "unet")), **made_with)
-        kept = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if key != "resume"}
-        (args.out / "settings.json").write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
-    barrier()
     if args.checkpointing:
         checkpoint_activations(model, distance)
     weights = {name: getattr(args, name) for name in WEIGHTS}
@@ -585,6 +607,12 @@ def main(run_class=Run):
 
     training = run_class(args, model, targets, loss)
     rehearse(training)
+    if not (RANK or args.resume):  # not earlier: an attempt that failed is no run
+        out, kept = (Path(os.path.abspath(path)) for path in (args.out, args.targets))
+        kept = kept.relative_to(out) if kept.is_relative_to(out) else kept  # the folder may be renamed
+        kept = json.dumps({**vars(args), "targets": kept}, indent=2, default=str)
+        write_file(args.out / "settings.json", kept.encode())
+    barrier()
     targets.make(model, args.teacher_steps, args.guidance, args.teacher_batch)
     if args.resume:
         training.resume()

@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import itertools
 import json
+import os
 import re
 import shutil
 import socketserver
@@ -329,6 +330,49 @@ def test_fetch_alone(play, tmp_path):
     assert path.read_bytes() == play.files[SMALL]
     with pytest.raises(hipa.UserError, match="HTTP 404$"):
         hipa.fetch(url + "missing", tmp_path / "missing")
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "tokenizer/vocab.json", UNET])
+def test_a_login_page_that_answers_for_the_hub(play, cache, name):
+    """With 200 and HTML, for a file whose checksum nobody knows. It is not kept, and the next run asks anew."""
+    play.at_hub, play.faults[name] = True, iter([b"<!DOCTYPE html><html>Sign in</html>"])
+    if name == UNET:
+        play.digests[name] = None
+    refuses(name, "login page")
+    assert not (snapshot(cache) / name).exists() and not list(cache.rglob("*.part"))
+    hipa.load(REPO)
+
+
+def test_several_at_once(play, cache):
+    """Four processes want the same model: the first one downloads, the others wait, and all have it."""
+    children = []
+    for _ in range(4):
+        if not (child := os.fork()):
+            code = 1
+            try:
+                hipa.load(REPO)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert arrived(play, cache) and play.asked("storage", UNET) == [None]
+
+
+@pytest.mark.parametrize("headers", [{"Location": "http://[::1"}, {"Content-Length": "abc"}], ids=str)
+def test_odd_answers(play, cache, monkeypatch, headers):
+    """An address that is none, a length that is none: one line."""
+    status = 302 if "Location" in headers else 200
+    monkeypatch.setattr(Handler, "serve", lambda self, *_: self.answer(status, b"", None, **headers))
+    monkeypatch.setattr(Handler, "answer", odd_answer(Handler.answer))
+    refuses("cannot download")
+
+
+def odd_answer(answer):
+    def send(self, status, body=b"", length=None, **headers):
+        return answer(self, status, body, headers.pop("Content-Length", length), **headers)
+
+    return send
 
 
 # ------------------------------------------------------------------------------------------------------------- refused

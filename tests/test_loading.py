@@ -50,7 +50,7 @@ def tensor(begin, end, dtype="F32"):
 
 # ------------------------------------------------------------------------------------------------------- no checkpoint
 @pytest.mark.parametrize(
-    "model", ["/nowhere/model", "sd16", "a/b/c", "a b/c", "../emoj", "https://example.com/a/b", "x" * 5000]
+    "model", ["/nowhere/model", "sd16", "a/b/c", "a b/c", "../emoj", "https://example.com/a/b", "x" * 500]
 )
 def test_no_such_model(model):
     for place in (model, Path(model)) if model[0] == "/" else (model,):
@@ -134,7 +134,7 @@ def test_a_pickle(folder, tmp_path, monkeypatch, suffix, kind):
     path = (folder / UNET).with_suffix(f".{suffix}")
     (folder / UNET).unlink()
     torch.save({"w": Payload()}, path) if kind == "torch" else path.write_bytes(PICKLES[kind])
-    named = suffix != "safetensors" or kind in ("torch", "protocol 2")
+    named = suffix != "safetensors" or kind != "protocol 0"  # which has no mark at its beginning
     refuses(folder, path.name, "pickle" if named else BROKEN, ".safetensors")
     assert not Path("payload-ran").exists()
     with open(path, "rb") as file:

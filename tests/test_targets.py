@@ -204,7 +204,9 @@ def other(small, tmp_path):
 def test_targets_of_other_settings_are_refused(begin, finished, other, name):
     """The message names what differs, and the targets stay as they are. Once that is mended, the same --out serves."""
     before = contents(finished.out / "targets")
-    refused(*begin(**other[name]), words=["targets", "--targets", f"another {name}"])
+    refused(
+        *begin(**other[name]), words=["targets", "--targets", f"another {name.replace('steps', '--teacher-steps')}"]
+    )
     assert contents(finished.out / "targets") == before
     if name == "guidance":
         done(*begin(steps=1))

@@ -41,7 +41,8 @@ def test_what_a_run_leaves(finished):
     """Only the path of the adaptors goes to stdout, and no half-written file stays."""
     assert finished.result.out == [str(finished.out / LORA)]
     assert {str(path.relative_to(finished.out)) for path in contents(finished.out)} == {
-        "settings.json", "log.csv", STATE, LORA, "targets/settings.json", "targets/000000.safetensors",
+        "settings.json", "log.csv", STATE, "state-before.safetensors", LORA,
+        "targets/settings.json", "targets/000000.safetensors",
         *(f"samples/{step:06d}.png" for step in range(2, STEPS + 1, 2)),
     }  # fmt: skip
     settings = json.loads((finished.out / "settings.json").read_text())
@@ -139,7 +140,7 @@ def dies(*_, **__):
 
 def dies_second_time(function):
     calls = []
-    return lambda *args: dies() if calls else calls.append(function(*args))
+    return lambda *args, **kw: dies() if calls else calls.append(function(*args, **kw))
 
 
 def dies_at(step, update=train.Run.update):
