@@ -4,7 +4,8 @@
     pictures = sample(model, ["a cat"], seeds=[0], steps=25)      # (1, 3, 64, 64) in [-1, 1]
 
 From above: the noise schedule; the model and the sampler; THE METHOD; editing, inpainting and super-resolution;
-loading; downloads. The networks are in clip.py, unet.py, vae.py and lora.py, the distances of pictures in losses.py.
+loading; files and words from outside; downloads. The networks are in clip.py, unet.py, vae.py and lora.py, the
+distances of pictures in losses.py.
 
 x_t = alpha_t x_0 + sigma_t epsilon, with alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]).
 B batch, H and W the picture's height and width, h and w the latent's. Pictures are in [-1, 1].
@@ -43,48 +44,6 @@ class UserError(Exception):
 
     def __init__(self, message):
         super().__init__(printable(message))
-
-
-def printable(text, most=1000):
-    """Words from outside on one line, long ones without their middle. What a terminal would obey is escaped."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}"
-
-
-def out_of_memory(error):
-    """Whether an exception means that: Python's, CUDA's, or torch's on a CPU, which is a mere RuntimeError."""
-    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
-
-
-def writable(folder):
-    """Makes the folder and checks that files can be written, before anything slow starts. Raises UserError."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def locked(folder, advice=None):
-    """One process at a time is in here. Others wait, or with `advice` raise UserError. It ends with the process."""
-    handle = None
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if advice else 0))
-    except BlockingIOError:
-        locks = Path("/proc/locks").read_text() if os.path.exists("/proc/locks") else ""
-        who = re.search(rf"FLOCK .* (\d+) \S+:{os.fstat(handle).st_ino} ", locks)
-        raise UserError(f"{folder} is in use by process {who[1] if who else 'unknown'}: {advice}") from None
-    except (ImportError, OSError):
-        pass  # Windows, and disks that have no locks
-    try:
-        yield
-    finally:
-        if handle:
-            os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------- schedule
@@ -566,6 +525,49 @@ def assign_weights(net, state_dict, path, dtype):
     exact = ("conv_norm_out.", "conv_out.")  # the VAE's of these names begin with encoder. and decoder.
     state_dict = {k: t.to(torch.float32 if k.startswith(exact) else dtype) for k, t in state_dict.items()}
     net.load_state_dict(state_dict, strict=True, assign=True)
+
+
+# ------------------------------------------------------------------------------------------------------ files and words
+def printable(text, most=1000):
+    """Words from outside on one line, long ones without their middle. What a terminal would obey is escaped."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}"
+
+
+def out_of_memory(error):
+    """Whether an exception means that: Python's, CUDA's, or torch's on a CPU, which is a mere RuntimeError."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
+
+
+def writable(folder):
+    """Makes the folder and checks that files can be written, before anything slow starts. Raises UserError."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked(folder, advice=None):
+    """One process at a time is in here. Others wait, or with `advice` raise UserError. It ends with the process."""
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if advice else 0))
+    except BlockingIOError:
+        locks = Path("/proc/locks").read_text() if os.path.exists("/proc/locks") else ""
+        who = re.search(rf"FLOCK .* (\d+) \S+:{os.fstat(handle).st_ino} ", locks)
+        raise UserError(f"{folder} is in use by process {who[1] if who else 'unknown'}: {advice}") from None
+    except (ImportError, OSError):
+        pass  # Windows, and disks that have no locks
+    try:
+        yield
+    finally:
+        if handle:
+            os.close(handle)
 
 
 # --------------------------------------------------------------------------------------------------------- downloads

@@ -247,7 +247,8 @@ class Targets:
         try:
             with safe_open(self.path(indices[0]), "pt") as file:  # with fewer pairs, others began with noise
                 t, (n, *shape), (m, *like) = file.get_tensor("t"), *(file.get_slice(x).get_shape() for x in ("x0", "x"))
-            fits = (n, m) == (len(t), int((t < self.last).sum())) and shape == like and shape[0] < shape[1] == shape[2]
+            square = shape == like and shape[0] < shape[1] == shape[2]  # (4, h, w), and h = w above 4
+            fits = square and (n, m) == (len(t), int((t < self.last).sum()))
             return fits and t[: len(indices)].tolist() == [self.plan(k)[2] for k in indices]
         except (OSError, SafetensorError, ValueError, LookupError):
             return False
