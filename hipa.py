@@ -216,24 +216,36 @@ def dpm_solver(predict_x0, x, schedule, steps, first=None, progress=None):
     one. The last step goes to zero noise, where the formula reduces to x = x0: with steps=1 the result is the network's
     x0 at the first timestep.
     """
-    timesteps = schedule.timesteps(steps, first)
+    timesteps, before = schedule.timesteps(steps, first), None
     if isinstance(timesteps, torch.Tensor):
         timesteps = timesteps.to(x.device)
-    x0_before = lambda_before = None
     for k, t in enumerate(timesteps):
         x0 = predict_x0(x, t)
         if progress:
             progress()
         if k + 1 == len(timesteps):
             return x0
-        (alpha, sigma), (alpha_next, sigma_next) = schedule.alpha_sigma(t), schedule.alpha_sigma(timesteps[k + 1])
-        lambda_ = (alpha / sigma).log()  # half the logarithm of the signal-to-noise ratio
-        h = (alpha_next / sigma_next).log() - lambda_
-        direction = x0
-        if x0_before is not None:  # second order: r = (previous step) / (this step), in lambda
-            direction = x0 + (x0 - x0_before) * h / (2 * (lambda_ - lambda_before))
-        x = sigma_next / sigma * x - alpha_next * torch.expm1(-h) * direction
-        x0_before, lambda_before = x0, lambda_
+        now, later = schedule.alpha_sigma(t), schedule.alpha_sigma(timesteps[k + 1])
+        x = dpm_step(x, x0, now, later, before)
+        before = x0, log_snr(*now)
+
+
+def dpm_step(x, x0, now, later, before=None):
+    """One step: x (B, 4, h, w), as noisy as `now` (alpha, sigma), and its predicted x0 -> x, as noisy as `later`.
+
+    `before`: x0 and lambda of the step before. Without it the step is of first order.
+    """
+    (alpha, sigma), (alpha_next, sigma_next) = now, later
+    h, direction = log_snr(alpha_next, sigma_next) - log_snr(alpha, sigma), x0
+    if before is not None:  # second order: r = (previous step) / (this step), in lambda
+        x0_before, lambda_before = before
+        direction = x0 + (x0 - x0_before) * h / (2 * (log_snr(alpha, sigma) - lambda_before))
+    return sigma_next / sigma * x - alpha_next * torch.expm1(-h) * direction
+
+
+def log_snr(alpha, sigma):
+    """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio. Tensors of one shape."""
+    return (alpha / sigma).log()
 
 
 # ---------------------------------------------------------------------------------------------------------- the method

@@ -348,6 +348,21 @@ def schedule_of_lr(step, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def descend(optimizer, lr):
+    """One step of the optimizer at the rate `lr`, along gradients that are together no longer than 1; then clears them.
+
+    Returns the length that they had before (float). If it is not finite, the parameters are left as they are.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def pairs_of_step(step, args):
     """The pairs of a step: all pairs in shuffled order, each once per epoch."""
     positions = range(step * args.batch, (step + 1) * args.batch)
@@ -397,21 +412,18 @@ class Run:
     def update(self):
         """One update of the adaptors. Returns the row for log.csv."""
         args, start = self.args, time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * schedule_of_lr(self.step, args.steps)
+        lr = args.lr * schedule_of_lr(self.step, args.steps)
         pairs = pairs_of_step(self.step, args)[RANK::WORLD]
         terms = self.backward(pairs, head_start=self.step < args.head_start * args.steps)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).item()
+        norm = descend(self.optimizer, lr)
         loss, interrupted = sum(terms.values()) - terms["interrupted"], terms.pop("interrupted")
         if not math.isfinite(loss + norm):
             words = "; ".join(self.targets.prompt(k) for k in pairs)
             what = f"the loss is {loss} and its gradient {norm} at step {self.step}"
             raise UserError(f"{what}, prompts: {words}. What was saved before is kept; try a lower --lr")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         self.step += 1
         self.seconds += time.perf_counter() - start
-        row = {"step": self.step, "loss": loss, **terms, "gradient": norm, "lr": group["lr"], "seconds": self.seconds}
+        row = {"step": self.step, "loss": loss, **terms, "gradient": norm, "lr": lr, "seconds": self.seconds}
         self.rows.append(row)
         return {**row, "interrupted": interrupted}
 

@@ -160,6 +160,20 @@ def high_frequency_energy(pictures, cut=0.25):
     return energy[edges].mean().item(), energy.mean().item()
 
 
+def radial_power(pictures):
+    """(B, 3, H, H) in [-1, 1] -> mean power of the grey picture at each distance from the spectrum's centre, H / 2
+    bins from 0 to the Nyquist frequency. A Hann window first, because a picture does not go on at its other side."""
+    grey = pictures.clamp(-1, 1).mean(dim=1)
+    side = grey.shape[-1]
+    window = torch.hann_window(side, periodic=False)
+    grey = (grey - grey.mean(dim=(1, 2), keepdim=True)) * window * window[:, None]
+    power = torch.fft.fft2(grey).abs().square().mean(dim=0)
+    radius = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.fftfreq(side)[None]) * side
+    bins = radius.round().long().flatten()
+    total = torch.zeros(int(bins.max()) + 1).index_add(0, bins, power.flatten())
+    return (total / torch.bincount(bins))[: side // 2 + 1]
+
+
 def psnr(a, b):
     """Mean over pictures (B, 3, H, W) in [-1, 1] of the peak signal-to-noise ratio, in dB."""
     mse = (a.clamp(-1, 1) - b).square().mean(dim=(1, 2, 3)) / 4  # 4 = (1 - -1)^2

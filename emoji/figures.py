@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import hipa  # noqa: E402
-from evaluate import Evaluation, class_of, draw, read_glyphs, real_pictures  # noqa: E402
+from evaluate import Evaluation, class_of, draw, radial_power, read_glyphs, real_pictures  # noqa: E402
 from sample import LORA_NAME, apply_lora  # noqa: E402
 from vae import grid, to_pil  # noqa: E402
 
@@ -76,20 +76,6 @@ def contact_sheet(model, path):
         cells.append(cell)
     grid(cells, columns=8).save(path, optimize=True)
     print(path)
-
-
-def radial_power(pictures):
-    """(B, 3, H, H) in [-1, 1] -> mean power of the grey picture at each distance from the spectrum's centre, H / 2
-    bins from 0 to the Nyquist frequency. A Hann window first, because a picture does not go on at its other side."""
-    grey = pictures.clamp(-1, 1).mean(dim=1)
-    side = grey.shape[-1]
-    window = torch.hann_window(side, periodic=False)
-    grey = (grey - grey.mean(dim=(1, 2), keepdim=True)) * window * window[:, None]
-    power = torch.fft.fft2(grey).abs().square().mean(dim=0)
-    radius = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.fftfreq(side)[None]) * side
-    bins = radius.round().long().flatten()
-    total = torch.zeros(int(bins.max()) + 1).index_add(0, bins, power.flatten())
-    return (total / torch.bincount(bins))[: side // 2 + 1]
 
 
 def spectrum(rows, path):

@@ -34,7 +34,7 @@ from PIL.PngImagePlugin import PngInfo  # noqa: E402
 
 import hipa  # noqa: E402
 import sample  # noqa: E402
-from figures import radial_power  # noqa: E402
+from evaluate import radial_power  # noqa: E402
 from hipa import UserError  # noqa: E402
 from lora import load_lora, merge  # noqa: E402
 from losses import high_pass, sobel  # noqa: E402

@@ -193,7 +193,7 @@ def test_radial_power():
     """A wave of 8 cycles across the picture has its power in bin 8, whichever way it runs."""
     angle = torch.arange(64) * 2 * torch.pi * 8 / 64
     for wave in (angle.cos().expand(64, 64), angle.cos().expand(64, 64).T):
-        power = figures.radial_power(wave.expand(1, 3, 64, 64))
+        power = evaluate.radial_power(wave.expand(1, 3, 64, 64))
         assert len(power) == 33 and power.argmax() == 8
 
 
