@@ -1,0 +1,95 @@
+"""The same network cleans pictures that are nearly pure noise and pictures that are nearly clean. It has to be told
+which: the timestep t, from 0 (clean) to 999 (noise), goes into every block.
+
+sinusoidal_embedding(timestep, dim), in unet.py: timesteps (B,) -> (B, dim). A single number is hard to read for a
+network, so it becomes many clocks, some fast and some slow: with dim / 2 frequencies, frequency k is
+10000^(-k / (dim / 2)), for k = 0, 1, ..., the row is first the cosines of t * frequency, then the sines. In float32.
+
+ResnetBlock.forward(x, time_emb), in unet.py: x (B, C_in, H, W), time_emb (B, T) -> (B, C_out, H, W).
+
+    h = conv1(silu(norm1(x)))
+    h = h + time_emb_proj(silu(time_emb)), one number per channel, the same at every place
+    h = conv2(silu(norm2(h)))
+    the result is h + conv_shortcut(x), the residual: around the block there is a way that changes nothing
+
+All layers are in self. x itself must stay as it is, for the way up of the UNet reads it again.
+"""
+
+import torch
+from checks import Wrong, check
+
+TITLE = "Time, and the residual block"
+MINUTES = 35
+POINTS = 8
+TARGETS = ["unet.sinusoidal_embedding", "unet.ResnetBlock.forward"]
+EMBED, BLOCK = TARGETS
+
+
+@check(EMBED, "the values, for some timesteps and widths")
+def values(m, g):
+    t = torch.randint(0, 1000, (5,), generator=g)
+    return [m.unet.sinusoidal_embedding(t, dim) for dim in (8, 32)]
+
+
+@check(EMBED, "at t = 0 cosines are 1 and sines 0; the row has the same length at every timestep")
+def zero(m, g):
+    e = m.unet.sinusoidal_embedding(torch.tensor([0, 1, 500, 999]), 16)
+    if e.shape != (4, 16):
+        raise Wrong(f"for 4 timesteps and dim 16 your result has shape {tuple(e.shape)}; right is (4, 16)")
+    return [e[0], e.square().sum(1)]
+
+
+@check(EMBED, "how alike two timesteps look depends on how far apart they are, not on where they are")
+def shift(m, g):
+    e = m.unet.sinusoidal_embedding(torch.tensor([10, 30, 500, 520]), 64).double()
+    first, second = (e[0] @ e[1]).item(), (e[2] @ e[3]).item()
+    if abs(first - second) > 1e-2:
+        raise Wrong(f"the dot product of 10 and 30 is {first:.3f}, that of 500 and 520 is {second:.3f}: they should be equal")
+    return True
+
+
+def block(m, g, c_in=8, c_out=12):
+    net = m.unet.ResnetBlock(c_in, c_out, 6, 4).requires_grad_(False)
+    for p in net.parameters():
+        p.copy_(torch.randn(p.shape, generator=g) * 0.5)
+    return net, torch.randn(2, c_in, 5, 6, generator=g), torch.randn(2, 6, generator=g)
+
+
+@check(BLOCK, "the values, where the number of channels changes and where it does not")
+def result(m, g):
+    return [net(x, t) for net, x, t in (block(m, g), block(m, g, 8, 8))]
+
+
+@check(BLOCK, "x and the time are left as they were")
+def untouched(m, g):
+    net, x, t = block(m, g, 8, 8)
+    before, before_t = x.clone(), t.clone()
+    net(x, t)
+    if not torch.equal(x, before):
+        raise Wrong(f"your forward changes x, by up to {(x - before).abs().max():.2g}; the way up of the UNet reads it again")
+    if not torch.equal(t, before_t):
+        raise Wrong("your forward changes time_emb; every other block reads it too")
+    return True
+
+
+@check(BLOCK, "another timestep gives another result, and each picture has its own")
+def time_counts(m, g):
+    net, x, t = block(m, g)
+    return net(x, t.flip(0)) - net(x, t)
+
+
+def show(m):
+    from drawing import stack
+    from PIL import Image
+
+    t = torch.arange(0, 1000, 4)
+    e = m.unet.sinusoidal_embedding(t, 128)
+    alike = e @ e.T / 64
+    tiles = [
+        Image.fromarray(((v.clamp(-1, 1) + 1) * 127.5).byte().numpy()).resize((500, height), 0)
+        for v, height in ((e.T.flip(0), 256), (alike, 500))
+    ]
+    return stack(*tiles), (
+        "Above: your embedding; time runs from left to right, each line is a clock. Below: how alike two timesteps look.\n"
+        "What would go wrong if the slowest clock came round within the 1000 timesteps?"
+    )

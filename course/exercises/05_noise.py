@@ -1,0 +1,110 @@
+"""Diffusion destroys a picture step by step with noise, and a network learns the way back. A noisy latent is a weighted
+sum, x_t = alpha_t x0 + sigma_t noise, where x0 is the clean latent and alpha_t^2 + sigma_t^2 = 1. So at t = 0 it is
+nearly clean, at t = 999 nearly pure noise, and its variance is 1 throughout.
+
+Schedule.__post_init__(), in hipa.py: sets self.alphas_cumprod, float32, one number for each of the
+self.num_train_timesteps timesteps. It is alpha_t^2. Each timestep takes a share beta of the picture's power away, so
+alphas_cumprod is the running product of (1 - beta). Stable Diffusion's betas run from self.beta_start to self.beta_end,
+and are equally spaced in their SQUARE ROOTS.
+
+Schedule.add_noise(x0, timestep, noise), in hipa.py: x_t. self.alpha_sigma(timestep) gives both weights, for an int or for
+timesteps (B,), one for each picture.
+
+Schedule.predict_x0(x, timestep, prediction), in hipa.py: the way back. If self.prediction_type is "epsilon", the network
+says what the noise is. If it is "v_prediction", it says v = alpha noise - sigma x0. Solve for x0, on paper first. For v:
+what is alpha times x? And sigma times v?
+"""
+
+import torch
+from checks import Wrong, check
+
+TITLE = "Noise, and the way back"
+MINUTES = 35
+POINTS = 9
+TARGETS = ["hipa.Schedule.__post_init__", "hipa.Schedule.add_noise", "hipa.Schedule.predict_x0"]
+POST, ADD, BACK = TARGETS
+
+
+def latent(g, n=3):
+    return torch.randn(n, 4, 5, 7, generator=g)
+
+
+@check(POST, "alphas_cumprod is Stable Diffusion's, and right for any beta_start and beta_end")
+def schedule(m, g):
+    start, end = 1e-4 + 1e-3 * torch.rand(2, generator=g).double() * torch.tensor([1, 15])
+    return [m.hipa.Schedule().alphas_cumprod, m.hipa.Schedule(200, start.item(), end.item()).alphas_cumprod]
+
+
+@check(POST, "it falls from nearly 1 to nearly 0: 0.9991 at t = 0, 0.00466 at t = 999")
+def ends(m, g):
+    a = m.hipa.Schedule().alphas_cumprod
+    if a.shape != (1000,):
+        raise Wrong(f"alphas_cumprod has shape {tuple(a.shape)}; there are 1000 timesteps")
+    if not (a.diff() < 0).all():
+        k = int((a.diff() >= 0).nonzero()[0, 0])
+        raise Wrong(f"it does not fall from t = {k} ({a[k]:.4g}) to t = {k + 1} ({a[k + 1]:.4g}); noise only ever grows")
+    return [a[0].item(), a[999].item()]
+
+
+@check(ADD, "x_t, with one timestep for all pictures")
+def one_timestep(m, g):
+    return m.hipa.Schedule().add_noise(latent(g), 400, latent(g))
+
+
+@check(ADD, "x_t, with a timestep for each picture")
+def own_timesteps(m, g):
+    return m.hipa.Schedule().add_noise(latent(g), torch.tensor([20, 500, 999]), latent(g))
+
+
+@check(ADD, "latents of variance 1 keep variance 1, however much noise there is")
+def variance(m, g):
+    x0, noise = (torch.randn(1, 4, 64, 64, generator=g) for _ in range(2))
+    for t in (0, 300, 600, 999):
+        now = m.hipa.Schedule().add_noise(x0, t, noise).var().item()
+        if not 0.95 < now < 1.05:
+            raise Wrong(f"at t = {t} the variance of x_t is {now:.2f}; the network was trained on inputs of variance 1")
+    return True
+
+
+@check(BACK, "x0 from the noise (epsilon)")
+def epsilon(m, g):
+    schedule, x, noise = m.hipa.Schedule(), latent(g), latent(g)
+    return [schedule.predict_x0(x, 700, noise), schedule.predict_x0(x, torch.tensor([5, 600, 999]), noise)]
+
+
+@check(BACK, "x0 from v")
+def velocity(m, g):
+    schedule, x, v = m.hipa.Schedule(prediction_type="v_prediction"), latent(g), latent(g)
+    return [schedule.predict_x0(x, 700, v), schedule.predict_x0(x, torch.tensor([5, 600, 999]), v)]
+
+
+@check(BACK, "there and back: what a perfect network says gives x0 again")
+def there_and_back(m, g):
+    for kind in ("epsilon", "v_prediction"):
+        schedule, x0, noise = m.hipa.Schedule(prediction_type=kind), latent(g), latent(g)
+        for t in (0, 250, 999):
+            alpha, sigma = schedule.alpha_sigma(t)
+            x, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
+            error = (schedule.predict_x0(x, t, noise if kind == "epsilon" else v) - x0).abs().max()
+            if not error < 1e-3:
+                raise Wrong(f"with the true {'noise' if kind == 'epsilon' else 'v'} at t = {t}, x0 comes back {error:.2g} off")
+    return True
+
+
+def show(m):
+    """Above: a cat under more and more noise. Below: what the network, looking once, takes each for."""
+    from drawing import twice
+
+    model, times = m.hipa.load("emoji"), [0, 200, 400, 600, 700, 800, 900, 999]
+    with torch.no_grad():
+        start = m.hipa.noise([1], 4, 16, 16)
+        x0 = m.hipa.dpm_solver(m.hipa.predictor(model, ["a cat"], 2.0), start, model.schedule, 10)
+        noise = m.hipa.noise([0], 4, 16, 16)
+        noisy = torch.cat([model.schedule.add_noise(x0, t, noise) for t in times])
+        guess = m.hipa.predictor(model, ["a cat"] * len(times))(noisy, torch.tensor(times))
+        rows = [*m.vae.to_pil(model.decode(noisy)), *m.vae.to_pil(model.decode(guess))]
+    alpha, sigma = model.schedule.alpha_sigma(999)
+    return twice(m.vae.grid(rows, columns=len(times))), (
+        f"Above: a cat after your add_noise, at t = {times}. Below: your predict_x0 of what the network says of each.\n"
+        f"At t = 999 an error in the noise counts {sigma / alpha:.1f} times in x0. From which t on is the picture soft, and why?"
+    )

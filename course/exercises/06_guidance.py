@@ -1,0 +1,114 @@
+"""A network that is given a prompt follows it only loosely. Classifier-free guidance asks it twice, once with the prompt
+and once without, and exaggerates the difference: what the words change is made larger.
+
+predictor(model, prompts, guidance=1.0, negative=""), in hipa.py: returns a FUNCTION predict_x0(x, timestep) -> x0, of
+latents x (B, 4, h, w), one for each of the B prompts. `timestep` is an int, or a tensor (B,).
+
+Inside, model.unet(x, timesteps, context) is the network. It takes as many timesteps, in a tensor, and as many text states
+as there are latents. model.encode_text(list of strings) gives the text states; they are the same at every step, so
+compute them once. model.schedule.predict_x0(x, timestep, prediction) makes x0 of the network's answer.
+
+With guidance 1 or less, ask once. With guidance above 1, ask about both in ONE batch of 2B: first the B latents with the
+`negative` prompt ("" by default), then the same latents with the prompts. The answer is
+without + guidance * (with - without).
+
+What goes into the network is of type model.dtype, which may be half precision; all arithmetic after it is float32.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from checks import Wrong, check
+
+TITLE = "Guidance"
+MINUTES = 35
+POINTS = 8
+TARGETS = ["hipa.predictor"]
+P = TARGETS[0]
+
+
+class Model(SimpleNamespace):
+    """A model small enough to see through: its text states and its answer are simple sums, and it counts questions."""
+
+    def __init__(self, m, prediction="epsilon", dtype=torch.float32):
+        schedule = m.hipa.Schedule(prediction_type=prediction)
+        super().__init__(dtype=dtype, device=torch.device("cpu"), schedule=schedule, asked=[], encoded=0)
+
+    def encode_text(self, prompts):
+        self.encoded += 1
+        states = [torch.full((2, 3), sum(map(ord, prompt)) % 97 / 97.0) for prompt in prompts]
+        return torch.stack(states).to(self.dtype)
+
+    def unet(self, x, timesteps, context):
+        shape = tuple(timesteps.shape) if torch.is_tensor(timesteps) else repr(timesteps)
+        if shape != (len(x),) or len(context) != len(x):
+            raise Wrong(f"the network was given {len(x)} latents, timesteps {shape} and the states of {len(context)} texts")
+        if x.dtype != self.dtype:
+            raise Wrong(f"the network computes in {self.dtype} and was given {x.dtype}")
+        self.asked.append(len(x))
+        shift = context.mean((1, 2))[:, None, None, None]
+        return torch.tanh(x * (1 + shift) + (timesteps / 1000).to(x.dtype)[:, None, None, None])
+
+
+def latent(g):
+    return torch.randn(3, 4, 3, 3, generator=g)
+
+
+PROMPTS = ["a cat", "a rocket", "an owl"]
+
+
+@check(P, "without guidance: one question, half the cost")
+def plain(m, g):
+    model, x = Model(m), latent(g)
+    out = [m.hipa.predictor(model, PROMPTS, *guidance)(x, 700) for guidance in ((), (1.0,), (0.5,))]
+    if model.asked != [3, 3, 3]:
+        how = "with the default guidance, 1 and 0.5, of three latents each"
+        raise Wrong(f"{how}, the network was asked about {model.asked} latents; right is 3 each time")
+    return out
+
+
+@check(P, "with guidance, and with a negative prompt")
+def guided(m, g):
+    x = latent(g)
+    return [m.hipa.predictor(Model(m), PROMPTS, s, n)(x, 700) for s, n in ((3.0, ""), (1.5, "a dog"))]
+
+
+@check(P, "a timestep for each picture; a network that predicts v")
+def own_timesteps(m, g):
+    x, t = latent(g), torch.tensor([999, 30, 400])
+    return [m.hipa.predictor(Model(m, "v_prediction"), PROMPTS, s)(x, t) for s in (1.0, 4.0)]
+
+
+@check(P, "both halves in one batch; the text is encoded once, however many steps there are")
+def cost(m, g):
+    model, x = Model(m), latent(g)
+    ask = m.hipa.predictor(model, PROMPTS, 2.0)
+    for t in (900, 500, 100):
+        ask(x, t)
+    if model.asked != [6, 6, 6]:
+        raise Wrong(f"three guided steps of three latents: the network was asked about {model.asked} latents; right is 6 a step")
+    if model.encoded != 1:
+        raise Wrong(f"the text was encoded {model.encoded} times in three steps; right is once")
+    return True
+
+
+@check(P, "half precision goes in, float32 comes out")
+def half(m, g):
+    out = m.hipa.predictor(Model(m, dtype=torch.bfloat16), PROMPTS, 2.0)(latent(g), 700)
+    if out.dtype != torch.float32:
+        raise Wrong(f"x0 is {out.dtype}; right is torch.float32")
+    return out
+
+
+def show(m):
+    from drawing import twice
+
+    model, scales, prompt = m.hipa.load("emoji"), [1, 1.5, 2, 3, 5, 8], "a panda on a blue background"
+    with torch.no_grad():
+        x = m.hipa.noise([0], 4, 16, 16)
+        rows = [m.hipa.dpm_solver(m.hipa.predictor(model, [prompt], s), x, model.schedule, 8) for s in scales]
+        sheet = m.vae.grid(m.vae.to_pil(model.decode(torch.cat(rows))), columns=len(scales))
+    return twice(sheet), (
+        f"'{prompt}' with guidance {scales}, from the same noise.\n"
+        "What becomes of the colours on the right? What does the formula do to a difference that is already large?"
+    )

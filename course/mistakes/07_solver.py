@@ -1,0 +1,84 @@
+"""Wrong and other right answers to exercise 7."""
+
+STEP, SOLVER = "hipa.dpm_step", "hipa.dpm_solver"
+D = "x0 + (x0 - x0_before) * h / (2 * (log_snr(alpha, sigma) - lambda_before))"
+X = "sigma_next / sigma * x - alpha_next * torch.expm1(-h) * direction"
+LAST = "        if k + 1 == len(timesteps):\n            return x0\n"
+H = "log_snr(alpha_next, sigma_next) - log_snr(alpha, sigma), x0"
+MISTAKES = [
+    {"name": "first order only", "caught": "second_order", "code": {STEP: [("if before is not None:", "if False:")]},
+     "says": "You never use the step before, so your solver is of first order (it is DDIM). How can the two last predictions tell "
+             "what x0 will be in the middle of the step?"},
+    {"name": "extrapolated to the end", "caught": "second_order",
+     "code": {STEP: [(D, "x0 + (x0 - x0_before) * h / (log_snr(alpha, sigma) - lambda_before)")]},
+     "says": "You extrapolate x0 to the END of the step. D stands for x0 over all of it: how far must you go?"},
+    {"name": "ratio upside down", "caught": "second_order",
+     "code": {STEP: [(D, "x0 + (x0 - x0_before) * (log_snr(alpha, sigma) - lambda_before) / (2 * h)")]},
+     "says": "The ratio of the two steps is upside down. x0 changed by x0 - x0_before over the step before: if this step is "
+             "twice as long, does it change by more or by less?"},
+    {"name": "equal steps assumed", "caught": "second_order", "code": {STEP: [(D, "x0 + (x0 - x0_before) / 2")]},
+     "says": "3/2 x0 - 1/2 x0_before is right if both steps have the same length in lambda. Have they?"},
+    {"name": "interpolated backwards", "caught": "second_order", "code": {STEP: [(D, D.replace("x0 + (", "x0 - ("))]},
+     "says": "From x0 you go towards x0_before, back to the noise. In which direction does the step lead?"},
+    {"name": "exp for exp - 1", "caught": "first_order", "code": {STEP: [("torch.expm1(-h)", "torch.exp(-h)")]},
+     "says": "Try a step of length h = 0: it must leave x as it is. What does your formula give?"},
+    {"name": "sign of h", "caught": "first_order",
+     "code": {STEP: [(H, "log_snr(alpha, sigma) - log_snr(alpha_next, sigma_next), x0")]},
+     "says": "Your h is negative. lambda = log(alpha / sigma): does it grow or fall as the noise goes?"},
+    {"name": "plus for minus", "caught": "first_order", "code": {STEP: [("* x - alpha_next", "* x + alpha_next")]},
+     "says": "Your x0 enters with the wrong sign. Is exp(-h) - 1 above or below 0?"},
+    {"name": "sigmas exchanged", "caught": "first_order", "code": {STEP: [("sigma_next / sigma * x", "sigma / sigma_next * x")]},
+     "says": "Your noise grows: sigma_now / sigma_later is above 1. In which direction does the step lead?"},
+    {"name": "alpha now", "caught": "first_order", "code": {STEP: [("alpha_next * torch", "alpha * torch")]},
+     "says": "You weigh x0 by the alpha of now. With how much signal is x to arrive?"},
+    {"name": "Euler's step", "caught": "first_order", "code": {STEP: [("return " + X, "return x + (x0 - x) * (1 - sigma_next / sigma)")]},
+     "says": "A straight line from x to x0, Euler's step, keeps the noise's share right. Which share does the picture have then, "
+             "and which should it have?"},
+    {"name": "never to the end", "caught": "one_step",
+     "code": {SOLVER: [(LAST, "        if k + 1 == len(timesteps):\n            return x\n")]},
+     "says": "You return x as it was before the last question: with one step that is pure noise. What has the last question told?"},
+    {"name": "no memory", "caught": "many", "code": {SOLVER: [("        before = x0, log_snr(*now)\n", "")]},
+     "says": "`before` stays None, so every step is of first order."},
+    {"name": "memory of x", "caught": "many", "code": {SOLVER: [("before = x0, log_snr(*now)", "before = x, log_snr(*now)")]},
+     "says": "Your solver remembers x of the step before. Between which two things does dpm_step lay its straight line?"},
+    {"name": "memory of the next level", "caught": "many",
+     "code": {SOLVER: [("before = x0, log_snr(*now)", "before = x0, log_snr(*later)")]},
+     "says": "You remember the lambda at which the step ended. At which lambda was x0 predicted?"},
+    {"name": "asked at the next timestep", "caught": "asked",
+     "code": {SOLVER: [("predict_x0(x, t)", "predict_x0(x, timesteps[min(k + 1, len(timesteps) - 1)])")]},
+     "says": "You tell the network the timestep to come. How noisy is the x that it is given?"},
+    {"name": "from 0 up", "caught": "asked",
+     "code": {SOLVER: [("schedule.timesteps(steps, first), None", "schedule.timesteps(steps, first)[::-1], None")]},
+     "says": "You go from little noise to much. With what does drawing begin?"},
+    {"name": "the first timestep ignored", "caught": "many",
+     "code": {SOLVER: [("schedule.timesteps(steps, first), None", "schedule.timesteps(steps), None")]},
+     "says": "`first` has no effect in yours. Editing begins with a picture that has less noise than at t = 999."},
+    {"name": "no progress", "caught": "asked", "code": {SOLVER: [("            progress()\n", "            pass\n")]},
+     "says": "progress is never called: who waits sees no bar."},
+]  # fmt: skip
+RIGHT = [
+    {"name": "DDIM's form, and the paper's weights", "code": {STEP: """
+def dpm_step(x, x0, now, later, before=None):
+    l0, l1 = now[0].log() - now[1].log(), later[0].log() - later[1].log()
+    d = x0
+    if before is not None:
+        r = (l0 - before[1]) / (l1 - l0)
+        d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before[0]
+    noise = (x - now[0] * d) / now[1]
+    return later[0] * d + later[1] * noise
+"""}},
+    {"name": "last step apart", "code": {SOLVER: """
+def dpm_solver(predict_x0, x, schedule, steps, first=None, progress=None):
+    ts = schedule.timesteps(steps, first)
+    memory = None
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        x0, level = predict_x0(x, t), schedule.alpha_sigma(t)
+        x, memory = dpm_step(x, x0, level, schedule.alpha_sigma(t_next), memory), (x0, log_snr(*level))
+        if progress is not None:
+            progress()
+    x0 = predict_x0(x, ts[-1])
+    if progress is not None:
+        progress()
+    return x0
+"""}},
+]  # fmt: skip

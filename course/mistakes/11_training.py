@@ -1,0 +1,117 @@
+"""Wrong and other right answers to exercise 11."""
+
+T, L, R, D = "hipa.adaptation_loss", "train.Run.loss_of", "train.schedule_of_lr", "train.descend"
+COS = "0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))"
+CLIP = "torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()"
+END = "    return loss(model.decode(predicted), picture)"
+HEAD = "    with torch.no_grad():\n        picture = model.decode(target)\n"
+MISTAKES = [
+    {"name": "the target twice", "caught": "pictures", "code": {T: [("model.decode(predicted), picture", "picture, picture")]},
+     "says": "You compare the target with itself: the loss is always 0. Whose picture is missing?"},
+    {"name": "exchanged", "caught": "pictures", "code": {T: [("model.decode(predicted), picture", "picture, model.decode(predicted)")]},
+     "says": "The two pictures are exchanged. Whose comes first?"},
+    {"name": "latents compared", "caught": "pictures", "code": {T: [(END, "    return loss(predicted, target)")]},
+     "says": "You compare latents. Edges are seen in PICTURES: which function makes them?"},
+    {"name": "student without gradient", "caught": "which_gradient",
+     "code": {T: [(END, "    with torch.no_grad():\n        drawn = model.decode(predicted)\n    return loss(drawn, picture)")]},
+     "says": "The student's picture is decoded under no_grad: by what is the student to learn?"},
+    {"name": "target with gradient", "caught": "which_gradient", "code": {T: [(HEAD, "    picture = model.decode(target)\n")]},
+     "says": "The target is decoded with gradients, which cost memory and time. Who needs them?"},
+    {"name": "learns the noise", "caught": "head_start", "code": {L: [("F.mse_loss(predicted, x0)", "F.mse_loss(predicted, x)")]},
+     "says": "You compare with x, the noise that the step began with. What is the student to predict?"},
+    {"name": "no head start", "caught": "head_start",
+     "code": {L: [("any(self.loss.weights.values()) and not head_start", "any(self.loss.weights.values())")]},
+     "says": "The pictures' terms are there in the head start, too. What was it to save?"},
+    {"name": "head start for ever", "caught": "afterwards", "code": {L: [("values()) and not head_start", "values()) and False")]},
+     "says": "The pictures' terms never come. What then looks at the high frequencies?"},
+    {"name": "the latents' weight forgotten", "caught": "afterwards", "code": {L: [("(self.args.latent or 1) * F.mse_loss", "F.mse_loss")]},
+     "says": "self.args.latent, the weight, has no effect on your term."},
+    {"name": "weight 0 in the head start", "caught": "head_start", "code": {L: [("(self.args.latent or 1)", "self.args.latent")]},
+     "says": "With self.args.latent = 0 your head start has a loss of 0, and learns nothing. What weight has the term then?"},
+    {"name": "latents dropped after the head start", "caught": "afterwards",
+     "code": {L: [("if self.args.latent or head_start:", "if head_start:")]},
+     "says": "After the head start your latents' term is gone. When is it to be left out?"},
+    {"name": "latents for ever", "caught": "afterwards", "code": {L: [("if self.args.latent or head_start:", "if True:")]},
+     "says": "After the head start, weight 0 means that the latents' term is left out; yours stays."},
+    {"name": "the frozen model predicts", "caught": "gradient",
+     "code": {L: [("hipa.student(self.student, prompts, x, timesteps)", "hipa.student(self.student, prompts, x, timesteps).detach()")]},
+     "says": "Your prediction is cut off from the student: no gradient gets to it."},
+    {"name": "always at 999", "caught": "head_start", "code": {L: [("prompts, x, timesteps)", "prompts, x, 999)")]},
+     "says": "You always predict at t = 999. What are `timesteps` for?"},
+    {"name": "no warm-up", "caught": "rates", "code": {R: [("    if step < warm:\n        return (step + 1) / warm\n", "")]},
+     "says": "Your rate does not rise at the beginning. What do Adam's averages know in the first steps?"},
+    {"name": "first step lost", "caught": "ends", "code": {R: [("(step + 1) / warm", "step / warm")]},
+     "says": "At step 0 your rate is 0. Steps are counted from 0: what share does the first one get?"},
+    {"name": "straight down", "caught": "rates", "code": {R: [(COS, "1 - (step - warm) / max(1, steps - warm)")]},
+     "says": "Your rate falls along a line. How does half a cosine fall at its two ends?"},
+    {"name": "quarter of a cosine", "caught": "rates",
+     "code": {R: [(COS, "math.cos(0.5 * math.pi * (step - warm) / max(1, steps - warm))")]},
+     "says": "Your curve ends with its steepest fall: it is a quarter of a cosine. From where to where does half of one go?"},
+    {"name": "cosine from step 0", "caught": "rates", "code": {R: [("(step - warm) / max(1, steps - warm)", "step / steps")]},
+     "says": "Your cosine begins at step 0, so that the rate jumps where the warm-up ends. Where is it to begin?"},
+    {"name": "not halved", "caught": "ends", "code": {R: [("0.5 * (1 +", "(1 +")]},
+     "says": "Your rate begins its fall at 2. What values does 1 + cos have?"},
+    {"name": "warm-up of a tenth", "caught": "rates", "code": {R: [("steps // 20", "steps // 10")]},
+     "says": "Your warm-up is twice as long as asked for."},
+    {"name": "gradients kept", "caught": "cleared", "code": {D: [("    optimizer.zero_grad()\n", "")]},
+     "says": "The gradients are still there after the step. What will backward() do with the next ones?"},
+    {"name": "cleared too early", "caught": "down", "code": {D: [("    norm = torch", "    optimizer.zero_grad(set_to_none=False)\n    norm = torch")]},
+     "says": "You clear the gradients before the step. Along what does it then go?"},
+    {"name": "rate not set", "caught": "down", "code": {D: [('        group["lr"] = lr\n', "        pass\n")]},
+     "says": "`lr` has no effect: the optimizer goes on with its own rate."},
+    {"name": "first group only", "caught": "down", "code": {D: [("    for group in optimizer.param_groups:\n", "    for group in optimizer.param_groups[:1]:\n")]},
+     "says": "Only the first group of parameters is given the rate."},
+    {"name": "clipped the first group", "caught": "down", "code": {D: [('for group in optimizer.param_groups for p in group["params"]', 'for p in optimizer.param_groups[0]["params"]')]},
+     "says": "Only the gradients of the first group are clipped. How long are all of them together?"},
+    {"name": "not clipped", "caught": "down", "code": {D: [("(parameters, 1.0)", "(parameters, 1e9)")]},
+     "says": "Long gradients are not clipped: one strange batch would take one giant step."},
+    {"name": "always of length 1", "caught": "down",
+     "code": {D: [("    for group in optimizer.param_groups:\n", "    for p in parameters:\n        p.grad.div_(min(norm, 1.0))\n    for group in optimizer.param_groups:\n")]},
+     "says": "You bring gradients to length 1 that were shorter. What is clipping to do to a short gradient?"},
+    {"name": "clipped one by one", "caught": "down",
+     "code": {D: [(CLIP, "max(torch.nn.utils.clip_grad_norm_(p, 1.0).item() for p in parameters)")]},
+     "says": "You clip every parameter by itself, which bends the direction of the step. Of what is the length to be 1 at most?"},
+    {"name": "not finite, stepped", "caught": "not_finite", "code": {D: [("    if math.isfinite(norm):\n", "    if True:\n")]},
+     "says": "One NaN in the gradients makes every parameter NaN. What can you look at before you step?"},
+    {"name": "length after clipping", "caught": "down",
+     "code": {D: [("    return norm", "    return min(norm, 1.0)")]},
+     "says": "You return the length after clipping. Could one see by it that something is wrong?"},
+]  # fmt: skip
+RIGHT = [
+    {"name": "other words", "code": {R: """
+def schedule_of_lr(step, steps):
+    warm = steps // 20 or 1
+    done = (step - warm) / max(steps - warm, 1)
+    return (step + 1) / warm if step < warm else math.cos(math.pi / 2 * done) ** 2
+""", D: """
+def descend(optimizer, lr):
+    ps = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in ps)).item()
+    if math.isfinite(norm):
+        for p in ps:
+            p.grad.mul_(min(1.0, 1.0 / (norm + 1e-6)))
+    for g in optimizer.param_groups:
+        g["lr"] = lr
+    if math.isfinite(norm):
+        optimizer.step()
+    for p in ps:
+        p.grad = None
+    return norm
+"""}},
+    {"name": "mean of squares", "code": {T: """
+def adaptation_loss(model, loss, predicted, target):
+    drawn = model.decode(predicted)
+    with torch.no_grad():
+        wanted = model.decode(target)
+    return loss(drawn, wanted)
+""", L: """
+def loss_of(self, x, timesteps, x0, prompts, head_start):
+    z, terms = hipa.student(self.student, prompts, x, timesteps), {}
+    if head_start or self.args.latent:
+        terms["latent"] = (self.args.latent if self.args.latent else 1.0) * (z - x0).pow(2).mean()
+    if head_start or not any(self.loss.weights.values()):
+        return terms
+    return {**hipa.adaptation_loss(self.model, self.loss, z, x0), **terms}
+"""}},
+]  # fmt: skip
+EQUIVALENT = {}

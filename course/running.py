@@ -1,0 +1,155 @@
+"""Runs a student's code: each exercise in a process of its own, in a folder of its own, with a time limit.
+
+The folder is a fresh copy of the project, written from memory: an answer that deletes or changes files there costs its
+own exercise and no other. It is not a prison: code that sets out to cheat or to do harm can.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+from cutting import FILES, Problem, answers, exercises
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SEALED = HERE / "sealed"  # in a folder that `cut` made: the reference and the banks, packed so that nobody reads by chance
+WALL_SECONDS = 120  # for a loop that the child's own limit does not reach, or sleep()
+# Of emoji/, what exercises, sample.py and train.py read.
+EMOJI = [
+    "captions.txt", "evaluate.py", "model_index.json", "prompts.txt", "pytorch_lora_weights.safetensors", "renders.png",
+    "evaluator", "features", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
+]  # fmt: skip
+
+
+class UserError(Exception):
+    """A mistake that the user can fix. The command line prints its message, one line, and exits with code 2."""
+
+
+def files_below(folder):
+    paths = [folder] if folder.is_file() else sorted(folder.rglob("*"))
+    return [p for p in paths if p.is_file() and "__pycache__" not in p.parts and p.suffix != ".pyc"]
+
+
+class Project:
+    """The project in memory, {path: bytes} and the reference's {module: text}, also where `cut` has sealed it."""
+
+    def __init__(self):
+        kept = [*FILES.values(), *(f"emoji/{name}" for name in EMOJI), "course"]
+        self.files = {p.relative_to(ROOT).as_posix(): p.read_bytes() for k in kept for p in files_below(ROOT / k)}
+        self.is_cut = SEALED.exists()
+        if self.is_cut:
+            sealed = json.loads(zlib.decompress(self.files.pop("course/sealed")))
+            self.files |= {path: text.encode() for path, text in sealed.items()}
+        self.texts = {name: self.files[file].decode() for name, file in FILES.items()}
+        self.exercises = exercises(HERE)
+
+    def write(self, folder):
+        for path, data in self.files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+
+
+def student_files(folder):
+    """{module: its path} and {module: its text}, of a student's folder. Also where emoji/evaluate.py lies flat."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    paths, texts = {}, {}
+    for module, file in FILES.items():
+        path = next((p for p in (folder / file, folder / Path(file).name) if p.is_file()), None)
+        if path:
+            paths[module], texts[module] = str(path), path.read_bytes().decode("utf-8", "replace")
+    if not texts:
+        raise UserError(f"{folder} holds none of the course's files, such as hipa.py")
+    return paths, texts
+
+
+class Result:
+    """What came of checking one exercise.
+
+    state     {target: "right", "wrong" or "empty"}
+    checks    [[target, name, why, None if right, else what is wrong]]
+    hints     {target: a sentence}
+    problems  {target: a sentence}, of what could not be read
+    failed    why nothing could be judged, or None
+    """
+
+    def __init__(self, exercise, written):
+        self.exercise, self.checks, self.hints, self.failed, self.printed = exercise, [], {}, None, ""
+        self.problems = {target: str(a) for target, a in written.items() if isinstance(a, Problem)}
+        self.state = {target: "wrong" if a else "empty" for target, a in written.items()}
+
+    def take(self, event):
+        self.checks, self.hints, self.printed = event["checks"], event["hints"], event["printed"]
+        for target in {c[0] for c in self.checks}:
+            # A function's points come only with all of its checks.
+            self.state[target] = "wrong" if any(c[3] for c in self.checks if c[0] == target) else "right"
+
+    @property
+    def points(self):
+        share = sum(state == "right" for state in self.state.values()) / len(self.state)
+        return round(share * self.exercise.POINTS, 2)
+
+    @property
+    def begun(self):
+        return any(state != "empty" for state in self.state.values())
+
+
+def check(project, exercise, paths, texts, seed=0):
+    """Checks one exercise of a student's files -> Result. Whatever the student's code does, there is one."""
+    written = answers(exercise, texts, project.texts)
+    result = Result(exercise, written)
+    if len(result.problems) + sum(a is None for a in written.values()) == len(written):
+        return result
+    events, failed = ask(project, exercise, paths, texts, seed)
+    if events and "checks" in events[-1]:
+        result.take(events[-1])
+        return result
+    result.failed = failed
+    begun = [event["begun"] for event in events if "begun" in event]
+    if begun:
+        result.failed += f" (in the check {begun[-1]!r})"
+    return result
+
+
+def picture(project, exercise, paths, texts):
+    """-> {"png": base64, "words", "ansi", "printed"}. Raises UserError."""
+    events, failed = ask(project, exercise, paths, texts, 0, picture=True)
+    failed = events[-1].get("failed", None) if events and "printed" in events[-1] else failed
+    if failed:
+        raise UserError(failed)
+    return events[-1]
+
+
+def ask(project, exercise, paths, texts, seed, picture=False):
+    """Runs child.py -> its events, and in words how it ended if it did not answer."""
+    request = {"exercise": exercise.number, "paths": paths, "texts": texts, "seed": seed, "picture": picture}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        project.write(Path(folder))
+        command = [sys.executable, str(Path(folder) / "course" / "child.py")]
+        # -B and -I would change what the code sees; only its standard input and output are ours.
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder
+        )
+        timed_out = False
+        try:
+            out, err = child.communicate(json.dumps(request).encode() + b"\n", WALL_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            timed_out = True
+            out, err = child.communicate()
+    events = []
+    for line in out.decode("utf-8", "replace").splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    if timed_out:
+        return events, f"stopped after {WALL_SECONDS} seconds: is there a loop that never ends, or a sleep?"
+    if not events:
+        last = err.decode("utf-8", "replace").strip().splitlines() or [f"exit code {child.returncode}"]
+        hint = "; pip install -r requirements.txt" if "ModuleNotFoundError" in last[-1] else ""
+        raise UserError(f"the checks cannot start: {last[-1]}{hint}")
+    return events, f"your code ended Python itself (exit code {child.returncode})"
