@@ -6,6 +6,7 @@ once.
 """
 
 import ast
+import hashlib
 import re
 import textwrap
 from dataclasses import dataclass, field
@@ -122,6 +123,15 @@ def is_stub(node):
     )
 
 
+def line_of(target, texts):
+    """The line on which a function begins in a student's file, or None."""
+    module, name = split(target)
+    try:
+        return find(ast.parse(texts[module]), name)[1].lineno
+    except (KeyError, SyntaxError, ValueError):
+        return None
+
+
 # ------------------------------------------------------------------------------------------------------------ an answer
 @dataclass
 class Answer:
@@ -202,3 +212,12 @@ def uses(answer, word):
     trees = [answer.node, *answer.extras, *answer.methods]
     names = {getattr(n, "attr", getattr(n, "id", getattr(n, "name", None))) for t in trees for n in ast.walk(t)}
     return word in names
+
+
+def fingerprint(exercise, texts, reference):
+    """Changes if and only if what a student wrote for an exercise changes, or the exercise does."""
+    parts = [exercise.path.read_text("utf-8")]
+    for answer in answers(exercise, texts, reference).values():
+        trees = [answer.node, *answer.extras, *answer.methods] if isinstance(answer, Answer) else []
+        parts.append(repr([ast.dump(tree) for tree in trees] or str(answer)))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

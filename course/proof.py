@@ -53,7 +53,7 @@ def mutants(source):
 
 def prove(course, exercise, seed):
     """-> a row of the table: {"checks", "mistakes", "right", "mutants", "equivalent", "problems", "seconds", ...}"""
-    start, problems, useful = time.process_time(), [], set()
+    start, problems, useful, caught, named_right = time.process_time(), [], set(), 0, 0
     whole = {target: Answer(parsed(source_of(target, course.texts))) for target in exercise.TARGETS}
     reference = course.run(exercise, whole, seed)
     of_checks = time.process_time() - start
@@ -73,7 +73,9 @@ def prove(course, exercise, seed):
         if mistake["caught"] not in failed:
             problems.append(f"mistake {mistake['name']!r}: {mistake['caught']} does not catch it ({failed} do)")
             continue
+        caught += 1
         named = course.diagnose(exercise, results, exercise.checks[mistake["caught"]].target, seed)
+        named_right += named is mistake
         if named is not mistake:
             problems.append(f"mistake {mistake['name']!r} is told what is wrong with {named and named['name']!r}")
     count, equivalent = 0, set()
@@ -93,6 +95,6 @@ def prove(course, exercise, seed):
     problems += [f"the check {name} catches nothing" for name in exercise.checks.keys() - useful]
     return {
         "checks": len(exercise.checks), "mistakes": len(exercise.mistakes), "right": len(exercise.right),
-        "mutants": count, "equivalent": len(equivalent), "problems": problems, "of_checks": of_checks,
+        "mutants": count, "equivalent": len(equivalent), "caught": caught, "named": named_right, "problems": problems, "of_checks": of_checks,
         "seconds": time.process_time() - start,
     }  # fmt: skip

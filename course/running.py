@@ -16,7 +16,7 @@ from cutting import FILES, Problem, answers, exercises
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SEALED = HERE / "sealed"  # in a folder that `cut` made: the reference and the banks, packed so that nobody reads by chance
-WALL_SECONDS = 120  # for a loop that the child's own limit does not reach, or sleep()
+WALL_SECONDS, PICTURE_SECONDS = 60, 240  # for a loop that the child's own limit does not reach, or sleep()
 # Of emoji/, what exercises, sample.py and train.py read.
 EMOJI = [
     "captions.txt", "evaluate.py", "model_index.json", "prompts.txt", "pytorch_lora_weights.safetensors", "renders.png",
@@ -125,17 +125,16 @@ def picture(project, exercise, paths, texts):
 
 def ask(project, exercise, paths, texts, seed, picture=False):
     """Runs child.py -> its events, and in words how it ended if it did not answer."""
+    seconds = PICTURE_SECONDS if picture else WALL_SECONDS
     request = {"exercise": exercise.number, "paths": paths, "texts": texts, "seed": seed, "picture": picture}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         project.write(Path(folder))
         command = [sys.executable, str(Path(folder) / "course" / "child.py")]
-        # -B and -I would change what the code sees; only its standard input and output are ours.
-        child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder
-        )
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder)
         timed_out = False
         try:
-            out, err = child.communicate(json.dumps(request).encode() + b"\n", WALL_SECONDS)
+            out, err = child.communicate(json.dumps(request).encode() + b"\n", seconds)
         except subprocess.TimeoutExpired:
             child.kill()
             timed_out = True
@@ -147,7 +146,7 @@ def ask(project, exercise, paths, texts, seed, picture=False):
         except ValueError:
             continue
     if timed_out:
-        return events, f"stopped after {WALL_SECONDS} seconds: is there a loop that never ends, or a sleep?"
+        return events, f"stopped after {seconds} seconds: is there a loop that never ends, or a sleep?"
     if not events:
         last = err.decode("utf-8", "replace").strip().splitlines() or [f"exit code {child.returncode}"]
         hint = "; pip install -r requirements.txt" if "ModuleNotFoundError" in last[-1] else ""

@@ -108,6 +108,12 @@ def left_out(m, g):
     return found
 
 
+@check(HIPA, "a flat picture has a finite loss")
+def flat(m, g):
+    _, y = pair(g)
+    return loss(m)(torch.zeros_like(y), y * 2 - 1)["energy"]
+
+
 @check(HIPA, "gradients flow into the picture through every term; half precision pictures work")
 def gradient(m, g):
     grads, (x, y) = [], pair(g)

@@ -36,13 +36,12 @@ MISTAKES = [
     {"name": "sum for length", "caught": "edges", "code": {S: [(LENGTH, "gradient.abs().sum(2)")]},
      "says": "|across| + |down| makes a diagonal edge stronger than a straight one. How long is the vector (across, down)?"},
     {"name": "naked root", "caught": "slope", "code": {S: [(" + 1e-8", "")]},
-     "says": "The slope of the square root at 0 is infinite, and infinity times 0 is NaN. What keeps the root away from 0?"},
+     "says": "The slope of the square root at 0 is infinite, and infinity times 0 is NaN. What stands UNDER your root on a "
+             "flat picture?"},
     {"name": "one direction", "caught": "step", "code": {S: [("[kernel, kernel.T]", "[kernel, kernel]")]},
      "says": "Edges that run across are not seen: both your kernels look in the same direction."},
     {"name": "not squared", "caught": "step", "code": {S: [(LENGTH, "gradient.sum(2)")]},
      "says": "You add the two derivatives with their signs, so that they can cancel. How long is the vector (across, down)?"},
-    {"name": "constant outside", "caught": "slope", "code": {S: [(LENGTH, "gradient.square().sum(2).sqrt() + 1e-8")]},
-     "says": "Your 1e-8 stands outside of the root. Where is the slope infinite?"},
     {"name": "amplitude", "caught": "power", "code": {P: [(".abs().square()", ".abs()")]},
      "says": "Yours is the amplitude |.|. What of it is the power?"},
     {"name": "sum over rings", "caught": "power", "code": {P: [("(total / torch.bincount(bins))", "total")]},
@@ -90,6 +89,7 @@ def radial_power(pictures):
 """}},
 ]  # fmt: skip
 EQUIVALENT = {
+    "x = torch.cat([x[..., :1, :], x, x[..., -1:, :]], dim=-2)  ->  x = torch.cat([x[..., :1, :], x, x[..., -1:, :]], dim=+2)": "pictures have four axes",
     "height, width = x.shape[-2:]  ->  height, width = x.shape[+2:]": "pictures have four axes",
     "side = grey.shape[-1]  ->  side = grey.shape[+1]": "grey pictures have three axes, and are square",
     "side = grey.shape[-1]  ->  side = grey.shape[-2]": "pictures are square here",

@@ -60,6 +60,9 @@ MISTAKES = [
      "says": "Your energy term is the absolute difference of the logarithms. What of it was asked for?"},
     {"name": "energy over the batch", "caught": "terms", "code": {L: [("mean(dim=(1, 2, 3)) + 1e-6", "mean() + 1e-6")]},
      "says": "Your energy is that of the whole batch, so a sharp picture can make up for a blurred one."},
+    {"name": "energy without its constant", "caught": "flat", "code": {L: [(" + 1e-6 for high", " for high")]},
+     "says": "A flat picture has no energy in its high frequencies, and the logarithm of 0 is minus infinity. What keeps it "
+             "finite?"},
     {"name": "detached", "caught": "gradient", "code": {L: [("picture.float() / 2 + 0.5", "picture.detach().float() / 2 + 0.5")]},
      "says": "No gradient gets to the picture: something cuts it off."},
     {"name": "sobel of the high pass", "caught": "ranges",

@@ -114,4 +114,8 @@ def loss_of(self, x, timesteps, x0, prompts, head_start):
     return {**hipa.adaptation_loss(self.model, self.loss, z, x0), **terms}
 """}},
 ]  # fmt: skip
-EQUIVALENT = {}
+EQUIVALENT = {
+    f"return {COS}  ->  return {COS.replace('max(1', 'max(2')}": (
+        "with one step after the warm-up, the only one has the numerator 0"
+    )
+}

@@ -1,0 +1,332 @@
+"""The course: twelve exercises, cut from the project's own files.
+
+In the students' folder:
+    python course                        # the board: what is done, what is next
+    python course check 5                # checks exercise 5; before it is begun: what is to be done
+    python course check 5 --picture      # what your code of exercise 5 draws
+
+In the project, for teachers:
+    python course cut FOLDER             # the students' folder, or hand-out.zip
+    python course cut FILE.zip --autograder    # for Gradescope
+    python course grade FOLDER --seed S  # the points of a student's files
+    python course prove                  # that the checks can be trusted
+    python course project A FOLDER       # the score of a project
+"""
+
+import argparse
+import base64
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from cutting import FILES, answers, fingerprint, line_of, split  # noqa: E402
+from running import ROOT, Project, UserError, check, picture, student_files  # noqa: E402
+
+OUTPUTS = ROOT / "outputs"
+KEPT = OUTPUTS / "course.json"  # what the board remembers of the last check of each exercise
+
+
+# ----------------------------------------------------------------------------------------------------------- for students
+def board(project):
+    """What is done, what it counts, and what is next."""
+    if not project.is_cut:
+        listing(project)
+        return
+    paths, texts = student_files(ROOT)
+    kept, total, following = read_kept(), 0, None
+    for exercise in project.exercises:
+        key, written = str(exercise.number), answers(exercise, texts, project.texts)
+        mark = fingerprint(exercise, texts, project.texts)
+        if not any(written.values()):
+            kept[key] = {"mark": mark, "points": 0, "state": ""}
+        elif kept.get(key, {}).get("mark") != mark:
+            result = check(project, exercise, paths, texts)
+            kept[key] = {"mark": mark, "points": result.points, "state": state_of(result)}
+        points, state = kept[key]["points"], kept[key]["state"]
+        print(f"{row(exercise)}  {points:4.3g} of {exercise.POINTS:2}   {state}".rstrip(), flush=True)
+        total += points
+        if points < exercise.POINTS:
+            following = following or exercise.number
+    write_kept(kept)
+    most = sum(exercise.POINTS for exercise in project.exercises)
+    print(f"\n{total:.3g} of {most} points. ", end="")
+    if following:
+        print(f"Next: python course check {following}")
+    else:
+        print('All done. Draw with your own code: python sample.py "a cat"')
+
+
+def row(exercise):
+    return f"{exercise.number:2}  {exercise.TITLE:<36} {exercise.MINUTES:3} minutes"
+
+
+def state_of(result):
+    if result.failed or result.problems:
+        return "cannot be checked"
+    wrong = sum(state == "wrong" for state in result.state.values())
+    empty = sum(state == "empty" for state in result.state.values())
+    if wrong:
+        return f"{wrong} of {len(result.state)} functions wrong"
+    return f"{empty} of {len(result.state)} functions not written yet" if empty else "done"
+
+
+def listing(project):
+    for exercise in project.exercises:
+        print(f"{row(exercise)}  {exercise.POINTS:2} points")
+    print("\nThis is the project itself, with all solutions. The students' folder: python course cut FOLDER")
+
+
+def read_kept():
+    try:
+        return json.loads(KEPT.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_kept(kept):
+    try:
+        OUTPUTS.mkdir(exist_ok=True)
+        KEPT.write_text(json.dumps(kept, indent=1), "utf-8")
+    except OSError:
+        pass  # then the board checks again
+
+
+def check_one(project, number, with_picture):
+    exercise = find_exercise(project, number)
+    paths, texts = student_files(ROOT)
+    written = answers(exercise, texts, project.texts)
+    if not any(written.values()):
+        print(introduction(exercise, texts))
+        return
+    if with_picture:
+        show(exercise, picture(project, exercise, paths, texts))
+        return
+    result = check(project, exercise, paths, texts)
+    print(report(result))
+    kept = read_kept()
+    mark = fingerprint(exercise, texts, project.texts)
+    kept[str(number)] = {"mark": mark, "points": result.points, "state": state_of(result)}
+    if project.is_cut:
+        write_kept(kept)
+
+
+def find_exercise(project, number):
+    found = [exercise for exercise in project.exercises if exercise.number == number]
+    if not found:
+        raise UserError(f"there is no exercise {number}: they have the numbers 1 to {len(project.exercises)}")
+    return found[0]
+
+
+def heading(exercise):
+    line = f"Exercise {exercise.number}: {exercise.TITLE} ({exercise.POINTS} points, about {exercise.MINUTES} minutes)"
+    return f"{line}\n{'-' * len(line)}"
+
+
+def introduction(exercise, texts):
+    """The exercise's text, and where the functions to write stand."""
+    lines = [heading(exercise), exercise.text, "", "To be written:"]
+    for target in exercise.TARGETS:
+        module, name = split(target)
+        line = line_of(target, texts)
+        lines.append(f"  {name} in {FILES[module]}{f', line {line}' if line else ''}")
+    return "\n".join([*lines, "", f"Then: python course check {exercise.number}"])
+
+
+def report(result):
+    """What a student reads about a checked exercise."""
+    exercise = result.exercise
+    lines = [heading(exercise)]
+    for target, state in result.state.items():
+        module, name = split(target)
+        lines += ["", f"{name} ({FILES[module]})"]
+        if target in result.problems:
+            lines += wrapped(result.problems[target], "  NO   ", "       ")
+        elif state == "empty":
+            lines.append("  not written yet")
+        lines += lines_of_checks([c for c in result.checks if c[0] == target])
+        if result.hints.get(target):
+            lines += ["", *wrapped(result.hints[target], "       ", "       ")]
+    if result.failed:
+        lines += ["", *wrapped(result.failed, "  NO   ", "       ")]
+    if result.printed.strip():
+        lines += ["", "Your code printed:", textwrap.indent(result.printed.rstrip(), "  ")]
+    points = f"{result.points:.3g} of {exercise.POINTS} points."
+    if result.points == exercise.POINTS:
+        points += f" See what you have made: python course check {exercise.number} --picture"
+    return "\n".join([*lines, "", points])
+
+
+def lines_of_checks(checks):
+    """The first check that fails is shown in full: it is the one to look at. Those after it may fail for its reason."""
+    lines, first = [], True
+    for _, _, why, how in checks:
+        lines.append(f"  {'ok' if how is None else 'NO'}   {why}")
+        if how and first:
+            lines += [line for part in how.split("\n") for line in wrapped(part, "       ", "       ")]
+            first = False
+    return lines
+
+
+def wrapped(text, first, then):
+    return textwrap.wrap(text, 100, initial_indent=first, subsequent_indent=then) or [first]
+
+
+def show(exercise, event):
+    """Saves the picture under a name of its own, and draws it in the terminal where that has colours."""
+    number, name = exercise.number, exercise.path.stem.split("_")[1]
+    try:
+        OUTPUTS.mkdir(exist_ok=True)
+        for k in range(1, 10_000):
+            path = OUTPUTS / f"{number:02}-{name}{f'-{k}' if k > 1 else ''}.png"
+            if not path.exists():
+                path.write_bytes(base64.b64decode(event["png"]))
+                break
+    except OSError as error:
+        raise UserError(f"cannot write to {OUTPUTS}: {error.strerror}") from None
+    if sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit"):
+        print(event["ansi"], end="")
+    print(f"{os.path.relpath(path)}\n\n{event['words']}")
+
+
+# ----------------------------------------------------------------------------------------------------------- for teachers
+def grade(project, folder, seed, out):
+    """Checks all exercises of a student's folder; with `out` also writes Gradescope's results.json, from the start on."""
+    tests = [
+        {"number": str(e.number), "name": e.TITLE, "score": 0, "max_score": e.POINTS, "output": "not graded"}
+        for e in project.exercises
+    ]
+    write_results(tests, out)
+    try:
+        paths, texts = student_files(folder)
+    except UserError as error:
+        for test in tests:
+            test["output"] = str(error)
+        write_results(tests, out)
+        raise
+    for exercise, test in zip(project.exercises, tests):
+        try:
+            result = check(project, exercise, paths, texts, seed)
+            test["score"], test["output"] = result.points, report(result)
+            state = state_of(result) if result.begun else ""
+        except Exception as error:  # whatever happens, there is a result
+            state = test["output"] = f"the grader failed: {type(error).__name__}: {error}; please tell your teacher"
+        write_results(tests, out)
+        print(f"{row(exercise)}  {test['score']:4.3g} of {exercise.POINTS:2}   {state}".rstrip(), flush=True)
+    total, most = sum(test["score"] for test in tests), sum(test["max_score"] for test in tests)
+    print(f"\n{total:.4g} of {most} points")
+
+
+def write_results(tests, out):
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"tests": tests, "visibility": "visible"}, indent=1, ensure_ascii=False), "utf-8")
+
+
+def prove_all(number, seeds):
+    """The table of course/README.md; exit code 1 if anything is not proven."""
+    import torch
+
+    torch.set_num_threads(1)
+    from checks import Course
+    from proof import prove
+
+    course, total, problems = Course(ROOT), [0] * 5, []
+    numbers = [e.number for e in Project().exercises if number in (None, e.number)]
+    print("| # | exercise | checks | mistakes caught | and named | other right answers | mutants | of these equivalent | check, s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for n in numbers:
+        exercise, rows = course.exercise(n), []
+        for seed in seeds:
+            rows.append(prove(course, exercise, seed))
+            problems += [f"exercise {n}, seed {seed}: {problem}" for problem in rows[-1]["problems"]]
+        one = rows[0]
+        counts = [one[key] for key in ("checks", "mistakes", "right", "mutants", "equivalent")]
+        total = [a + b for a, b in zip(total, counts)]
+        caught, named = (min(r[key] for r in rows) for key in ("caught", "named"))
+        seconds = max(r["of_checks"] for r in rows)
+        print(f"| {n} | {exercise.TITLE} | {counts[0]} | {caught} of {counts[1]} | {named} | {counts[2]} | {counts[3]} | "
+              f"{counts[4]} | {seconds:.1f} |", flush=True)  # fmt: skip
+    shown = ", ".join(map(str, seeds))
+    print(f"\nSeeds {shown}: {total[0]} checks, {total[1]} mistakes, {total[2]} other right answers, {total[3]} mutants, "
+          f"{total[4]} of them equivalent; {len(problems)} problems")  # fmt: skip
+    for problem in problems:
+        print(f"PROBLEM {problem}")
+    return 1 if problems else 0
+
+
+# ------------------------------------------------------------------------------------------------------ the command line
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        "python course", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name, words):
+        sub = commands.add_parser(name, help=words, description=words)
+        sub.error = lambda message: sub.exit(2, f"error: {message} (--help shows all options)\n")
+        return sub.add_argument
+
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help shows all options)\n")
+    add = command("check", "checks an exercise; before it is begun: what is to be done")
+    add("number", type=int, metavar="N", help="its number, 1 to 12")
+    add("--picture", action="store_true", help="draws what your code makes, right or wrong, instead")
+    add = command("cut", "makes the students' folder")
+    add("folder", type=Path, help="a new folder, or a new .zip file")
+    add("--autograder", action="store_true", help="makes Gradescope's autograder.zip instead")
+    add = command("grade", "checks all exercises of a student's folder")
+    add("folder", type=Path)
+    add("--seed", type=int, default=0, help="of the numbers in the checks (%(default)s, as the students')")
+    add("--out", type=Path, metavar="FILE", help="Gradescope's results.json")
+    add = command("prove", "proves that the checks can be trusted")
+    add("number", type=int, nargs="?", metavar="N", help="one exercise (all)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="S", help="(0 1 2 3)")
+    add = command("project", "the score of a project under its rules")
+    add("name", choices=["A", "B", "C"])
+    add("folder", type=Path, help="what the student hands in")
+    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    project = Project()
+    teachers = args.command in ("cut", "grade", "prove")
+    if teachers and project.is_cut:
+        raise UserError(f"{args.command} is for the project itself; this is a students' folder")
+    if args.command is None:
+        board(project)
+    elif args.command == "check":
+        check_one(project, args.number, args.picture)
+    elif args.command == "cut":
+        from handing import cut_autograder, cut_folder
+
+        print((cut_autograder if args.autograder else cut_folder)(project, args.folder))
+    elif args.command == "grade":
+        grade(project, args.folder, args.seed, args.out)
+    elif args.command == "prove":
+        return prove_all(args.number, args.seeds)
+    else:
+        from projects import score
+
+        score(project, args.name, args.folder, args.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
