@@ -25,13 +25,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from cutting import FILES, answers, fingerprint, line_of, split  # noqa: E402
-from running import ROOT, Project, UserError, check, picture, student_files  # noqa: E402
+from running import ROOT, Project, UserError, check, check_all, picture, student_files  # noqa: E402
 
 OUTPUTS = ROOT / "outputs"
 KEPT = OUTPUTS / "course.json"  # what the board remembers of the last check of each exercise
 
 
-# ----------------------------------------------------------------------------------------------------------- for students
+# --------------------------------------------------------------------------------------------------------- for students
 def board(project):
     """What is done, what it counts, and what is next."""
     if not project.is_cut:
@@ -39,15 +39,13 @@ def board(project):
         return
     paths, texts = student_files(ROOT)
     kept, total, following = read_kept(), 0, None
+    marks = {e.number: fingerprint(e, texts, project.texts) for e in project.exercises}
+    new = [e for e in project.exercises if kept.get(str(e.number), {}).get("mark") != marks[e.number]]
+    results = check_all(project, new, paths, texts)
     for exercise in project.exercises:
-        key, written = str(exercise.number), answers(exercise, texts, project.texts)
-        mark = fingerprint(exercise, texts, project.texts)
-        if not any(written.values()):
-            kept[key] = {"mark": mark, "points": 0, "state": ""}
-        elif kept.get(key, {}).get("mark") != mark:
-            result = check(project, exercise, paths, texts)
-            kept[key] = {"mark": mark, "points": result.points, "state": state_of(result)}
-        points, state = kept[key]["points"], kept[key]["state"]
+        if exercise in new:
+            keep(kept, next(results), marks[exercise.number])
+        points, state = kept[str(exercise.number)]["points"], kept[str(exercise.number)]["state"]
         print(f"{row(exercise)}  {points:4.3g} of {exercise.POINTS:2}   {state}".rstrip(), flush=True)
         total += points
         if points < exercise.POINTS:
@@ -68,6 +66,8 @@ def row(exercise):
 def state_of(result):
     if result.failed or result.problems:
         return "cannot be checked"
+    if not result.begun:
+        return ""
     wrong = sum(state == "wrong" for state in result.state.values())
     empty = sum(state == "empty" for state in result.state.values())
     if wrong:
@@ -85,7 +85,11 @@ def read_kept():
     try:
         return json.loads(KEPT.read_text("utf-8"))
     except (OSError, ValueError):
-        return {}
+        return {}  # then everything is checked again
+
+
+def keep(kept, result, mark):
+    kept[str(result.exercise.number)] = {"mark": mark, "points": result.points, "state": state_of(result)}
 
 
 def write_kept(kept):
@@ -97,22 +101,23 @@ def write_kept(kept):
 
 
 def check_one(project, number, with_picture):
+    """Returns the exit code: 0 if all is right."""
     exercise = find_exercise(project, number)
     paths, texts = student_files(ROOT)
     written = answers(exercise, texts, project.texts)
     if not any(written.values()):
         print(introduction(exercise, texts))
-        return
+        return 1
     if with_picture:
         show(exercise, picture(project, exercise, paths, texts))
-        return
+        return 0
     result = check(project, exercise, paths, texts)
     print(report(result))
-    kept = read_kept()
-    mark = fingerprint(exercise, texts, project.texts)
-    kept[str(number)] = {"mark": mark, "points": result.points, "state": state_of(result)}
     if project.is_cut:
+        kept = read_kept()
+        keep(kept, result, fingerprint(exercise, texts, project.texts))
         write_kept(kept)
+    return 0 if result.points == exercise.POINTS else 1
 
 
 def find_exercise(project, number):
@@ -193,9 +198,10 @@ def show(exercise, event):
     print(f"{os.path.relpath(path)}\n\n{event['words']}")
 
 
-# ----------------------------------------------------------------------------------------------------------- for teachers
+# --------------------------------------------------------------------------------------------------------- for teachers
 def grade(project, folder, seed, out):
-    """Checks all exercises of a student's folder; with `out` also writes Gradescope's results.json, from the start on."""
+    """Checks all exercises of a student's folder; with `out` also writes Gradescope's results.json, from the
+    start on."""
     tests = [
         {"number": str(e.number), "name": e.TITLE, "score": 0, "max_score": e.POINTS, "output": "not graded"}
         for e in project.exercises
@@ -208,15 +214,11 @@ def grade(project, folder, seed, out):
             test["output"] = str(error)
         write_results(tests, out)
         raise
-    for exercise, test in zip(project.exercises, tests):
-        try:
-            result = check(project, exercise, paths, texts, seed)
-            test["score"], test["output"] = result.points, report(result)
-            state = state_of(result) if result.begun else ""
-        except Exception as error:  # whatever happens, there is a result
-            state = test["output"] = f"the grader failed: {type(error).__name__}: {error}; please tell your teacher"
+    for result, test in zip(check_all(project, project.exercises, paths, texts, seed), tests):
+        test["score"], test["output"] = result.points, report(result)
         write_results(tests, out)
-        print(f"{row(exercise)}  {test['score']:4.3g} of {exercise.POINTS:2}   {state}".rstrip(), flush=True)
+        line = f"{row(result.exercise)}  {result.points:4.3g} of {result.exercise.POINTS:2}   {state_of(result)}"
+        print(line.rstrip(), flush=True)
     total, most = sum(test["score"] for test in tests), sum(test["max_score"] for test in tests)
     print(f"\n{total:.4g} of {most} points")
 
@@ -237,7 +239,10 @@ def prove_all(number, seeds):
 
     course, total, problems = Course(ROOT), [0] * 5, []
     numbers = [e.number for e in Project().exercises if number in (None, e.number)]
-    print("| # | exercise | checks | mistakes caught | and named | other right answers | mutants | of these equivalent | check, s |")
+    print(
+        "| # | exercise | checks | mistakes caught | and named | other right answers | mutants | of these "
+        "equivalent | check, s |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for n in numbers:
         exercise, rows = course.exercise(n), []
@@ -248,18 +253,18 @@ def prove_all(number, seeds):
         counts = [one[key] for key in ("checks", "mistakes", "right", "mutants", "equivalent")]
         total = [a + b for a, b in zip(total, counts)]
         caught, named = (min(r[key] for r in rows) for key in ("caught", "named"))
+        cells = [n, exercise.TITLE, counts[0], f"{caught} of {counts[1]}", named, *counts[2:]]
         seconds = max(r["of_checks"] for r in rows)
-        print(f"| {n} | {exercise.TITLE} | {counts[0]} | {caught} of {counts[1]} | {named} | {counts[2]} | {counts[3]} | "
-              f"{counts[4]} | {seconds:.1f} |", flush=True)  # fmt: skip
-    shown = ", ".join(map(str, seeds))
-    print(f"\nSeeds {shown}: {total[0]} checks, {total[1]} mistakes, {total[2]} other right answers, {total[3]} mutants, "
-          f"{total[4]} of them equivalent; {len(problems)} problems")  # fmt: skip
+        print("| " + " | ".join(map(str, cells)) + f" | {seconds:.1f} |", flush=True)
+    names = ["checks", "mistakes", "other right answers", "mutants", "of them equivalent"]
+    shown = ", ".join(f"{count} {name}" for count, name in zip(total, names))
+    print(f"\nSeeds {', '.join(map(str, seeds))}: {shown}; {len(problems)} problems")
     for problem in problems:
         print(f"PROBLEM {problem}")
     return 1 if problems else 0
 
 
-# ------------------------------------------------------------------------------------------------------ the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         "python course", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -301,7 +306,7 @@ def main(argv=None):
     if args.command is None:
         board(project)
     elif args.command == "check":
-        check_one(project, args.number, args.picture)
+        return check_one(project, args.number, args.picture)
     elif args.command == "cut":
         from handing import cut_autograder, cut_folder
 

@@ -15,6 +15,7 @@ import time
 import types
 
 import torch
+
 from cutting import FILES, Answer, exercises, parsed, source_of, split
 
 SECONDS = 4  # of processor time for one check; the slowest takes a tenth
@@ -35,7 +36,7 @@ def check(target, why):
     return mark
 
 
-# ------------------------------------------------------------------------------------------------------------ time limit
+# ----------------------------------------------------------------------------------------------------------- time limit
 class TooLong(BaseException):
     """A BaseException, so that an `except Exception` in an endless loop does not keep it from ending."""
 
@@ -72,7 +73,7 @@ class TimeLimit:
         signal.signal(signal.SIGINT, self.before)
 
 
-# ------------------------------------------------------------------------------------------------------------- the modules
+# ---------------------------------------------------------------------------------------------------------- the modules
 def load_file(name, path):
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -160,6 +161,8 @@ class Course:
                 value = modules
                 if not isinstance(modules, Raised):
                     value = value_of(exercise.checks[name], modules, seed, seconds)
+                if isinstance(value, Raised) and isinstance(value.error, TooLong):
+                    modules = value  # so that an endless loop is waited for once
                 how = value.says if isinstance(value, Raised) else difference(value, self.expected[name, seed])
                 results[name] = how, value
         return results
@@ -192,7 +195,9 @@ class Course:
         With two mistakes in a function no single one explains all: then one that explains a check is taken.
         """
         failed = {n: r[1] for n, r in results.items() if r[0] and exercise.checks[n].target == target}
-        if all(isinstance(v, Raised) and isinstance(v.error, (NameError, SyntaxError, TooLong)) for v in failed.values()):
+        if all(
+            isinstance(v, Raised) and isinstance(v.error, (NameError, SyntaxError, TooLong)) for v in failed.values()
+        ):
             return None
         in_part = None
         for mistake in exercise.mistakes.values():
@@ -248,7 +253,7 @@ def value_of(function, modules, seed, seconds):
         return Raised(error)
 
 
-# --------------------------------------------------------------------------------------------------------------- comparing
+# ------------------------------------------------------------------------------------------------------------ comparing
 def difference(a, b):
     """None if a is what b is, else in words how they differ (a is the student's)."""
     if isinstance(a, Raised) or isinstance(b, Raised):
@@ -312,7 +317,11 @@ def in_general(a, b):
     close = 1e-4 * b.abs().max()
     k = (a @ b / (b @ b).clamp(min=1e-12)).item()
     if (a - k * b).abs().max() < close and abs(k - 1) > 1e-3:
-        return "All signs are the wrong way round." if abs(k + 1) < 1e-3 else f"Your result is {k:.4g} times the right one."
+        return (
+            "All signs are the wrong way round."
+            if abs(k + 1) < 1e-3
+            else f"Your result is {k:.4g} times the right one."
+        )
     shift = (a - b).mean().item()
     if abs(shift) > close and (a - b - shift).abs().max() < close:
         return f"Your result is the right one plus {shift:.4g}, everywhere."

@@ -118,8 +118,10 @@ def cut(texts, all_exercises):
 def is_stub(node):
     first = after_docstring(node)[0]
     empty = isinstance(first, ast.Pass) or isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    return empty and len(after_docstring(node)) == 1 or (
-        isinstance(first, ast.Raise) and "NotImplementedError" in ast.unparse(first)
+    return (
+        empty
+        and len(after_docstring(node)) == 1
+        or (isinstance(first, ast.Raise) and "NotImplementedError" in ast.unparse(first))
     )
 
 

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cutting import FILES, Problem, answers, exercises
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SEALED = HERE / "sealed"  # in a folder that `cut` made: the reference and the banks, packed so that nobody reads by chance
+SEALED = (
+    HERE / "sealed"
+)  # in a folder that `cut` made: the reference and the banks, packed so that nobody reads by chance
 WALL_SECONDS, PICTURE_SECONDS = 60, 240  # for a loop that the child's own limit does not reach, or sleep()
 # Of emoji/, what exercises, sample.py and train.py read.
 EMOJI = [
@@ -112,6 +115,21 @@ def check(project, exercise, paths, texts, seed=0):
     if begun:
         result.failed += f" (in the check {begun[-1]!r})"
     return result
+
+
+def check_all(project, some, paths, texts, seed=0):
+    """Yields the Result of each exercise in `some`, in order; two run at a time. Raises nothing."""
+
+    def one(exercise):
+        try:
+            return check(project, exercise, paths, texts, seed)
+        except Exception as error:
+            result = Result(exercise, {target: None for target in exercise.TARGETS})
+            result.failed = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            return result
+
+    with ThreadPoolExecutor(2) as pool:
+        yield from pool.map(one, some)
 
 
 def picture(project, exercise, paths, texts):

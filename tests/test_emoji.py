@@ -19,7 +19,6 @@ EMOJI = Path(hipa.__file__).parent / "emoji"
 sys.path.insert(0, str(EMOJI))
 
 import evaluate  # noqa: E402
-import figures  # noqa: E402
 import make  # noqa: E402
 import table  # noqa: E402
 import train  # noqa: E402

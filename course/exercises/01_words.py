@@ -1,13 +1,13 @@
-"""A network reads numbers, so a prompt is cut into tokens, pieces of words that have a number in a list. Common words are
-one token; any other word is put together from pieces, so nothing is ever unknown. CLIP does this by byte-pair encoding
-(BPE): training counted which neighbours stand together most often, merged them, counted again, and so on. What it
-learned is a list of pairs in that order. You write how the list is used.
+"""A network reads numbers, so a prompt is cut into tokens, pieces of words that have a number in a list. Common words
+are one token; any other word is put together from pieces, so nothing is ever unknown. CLIP does this by byte-pair
+encoding (BPE): training counted which neighbours stand together most often, merged them, counted again, and so on.
+What it learned is a list of pairs in that order. You write how the list is used.
 
 Tokenizer._bpe(word), in clip.py: a word, a string such as "cat" -> the list of its tokens.
 
 1. Begin with the word's characters. The last one carries the mark "</w>": ["c", "a", "t</w>"].
-2. Of all pairs of neighbours, take the one with the lowest rank. self.ranks is {(left, right): rank}; a pair that is not
-   in it is never merged.
+2. Of all pairs of neighbours, take the one with the lowest rank. self.ranks is {(left, right): rank}; a pair that
+   is not in it is never merged.
 3. Merge that pair wherever it stands in the word, from left to right. A piece is used once.
 4. Go on with step 2 until no pair of neighbours can be merged.
 """

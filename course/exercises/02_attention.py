@@ -6,7 +6,8 @@ Attention.forward(x, context), in unet.py: x (B, L, C), the picture's L places; 
 itself -> (B, L, C).
 
 1. Queries are self.to_q(x), keys self.to_k(context), values self.to_v(context), each with C channels.
-2. Split the C channels into self.heads groups of C / heads. Each head attends by itself: (B, heads, L or S, C / heads).
+2. Split the C channels into self.heads groups of C / heads. Each head attends by itself: (B, heads, L or S, C /
+   heads).
 3. The score of a place and a token is the dot product of query and key, divided by sqrt(C / heads).
 4. Softmax makes scores into weights: for each place, the weights of all tokens sum to 1.
 5. Each place gets the sum of the values, times their weights. Put the heads side by side again and apply
@@ -16,6 +17,7 @@ Write it with matmul and softmax: F.scaled_dot_product_attention is what you are
 """
 
 import torch
+
 from checks import Wrong, check
 
 TITLE = "Attention"
@@ -44,10 +46,14 @@ def one_token(m, g):
     net, (x, context) = layer(m, g), inputs(g, tokens=1)
     out = net(x, context)
     if out.shape != x.shape:
-        raise Wrong(f"your result has shape {tuple(out.shape)}; x has {tuple(x.shape)}, and the result is to have it too")
+        raise Wrong(
+            f"your result has shape {tuple(out.shape)}; x has {tuple(x.shape)}, and the result is to have it too"
+        )
     error = (out - net.to_out[0](net.to_v(context)).expand_as(out)).abs().max()
     if error > 1e-4:
-        raise Wrong(f"with a single token its weight is 1, so each place gets to_out(to_v(token)); yours is {error:.2g} off")
+        raise Wrong(
+            f"with a single token its weight is 1, so each place gets to_out(to_v(token)); yours is {error:.2g} off"
+        )
     return out
 
 

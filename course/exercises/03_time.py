@@ -16,6 +16,7 @@ All layers are in self. x itself must stay as it is, for the way up of the UNet 
 """
 
 import torch
+
 from checks import Wrong, check
 
 TITLE = "Time, and the residual block"
@@ -44,7 +45,9 @@ def shift(m, g):
     e = m.unet.sinusoidal_embedding(torch.tensor([10, 30, 500, 520]), 64).double()
     first, second = (e[0] @ e[1]).item(), (e[2] @ e[3]).item()
     if abs(first - second) > 1e-2:
-        raise Wrong(f"the dot product of 10 and 30 is {first:.3f}, that of 500 and 520 is {second:.3f}: they should be equal")
+        raise Wrong(
+            f"the dot product of 10 and 30 is {first:.3f}, that of 500 and 520 is {second:.3f}: they should be equal"
+        )
     return True
 
 
@@ -66,7 +69,9 @@ def untouched(m, g):
     before, before_t = x.clone(), t.clone()
     net(x, t)
     if not torch.equal(x, before):
-        raise Wrong(f"your forward changes x, by up to {(x - before).abs().max():.2g}; the way up of the UNet reads it again")
+        raise Wrong(
+            f"your forward changes x, by up to {(x - before).abs().max():.2g}; the way up of the UNet reads it again"
+        )
     if not torch.equal(t, before_t):
         raise Wrong("your forward changes time_emb; every other block reads it too")
     return True
@@ -79,8 +84,9 @@ def time_counts(m, g):
 
 
 def show(m):
-    from drawing import stack
     from PIL import Image
+
+    from drawing import stack
 
     t = torch.arange(0, 1000, 4)
     e = m.unet.sinusoidal_embedding(t, 128)
@@ -90,6 +96,7 @@ def show(m):
         for v, height in ((e.T.flip(0), 256), (alike, 500))
     ]
     return stack(*tiles), (
-        "Above: your embedding; time runs from left to right, each line is a clock. Below: how alike two timesteps look.\n"
+        "Above: your embedding; time runs from left to right, each line is a clock. Below: how alike two "
+        "timesteps look.\n"
         "What would go wrong if the slowest clock came round within the 1000 timesteps?"
     )

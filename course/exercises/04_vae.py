@@ -1,18 +1,19 @@
-"""Diffusion in pixels is slow, so Stable Diffusion works on a small copy of the picture, the latent: 4 channels, with one
-cell for each 4x4 pixels (here) or 8x8 (Stable Diffusion). An autoencoder (VAE) makes it and undoes it.
+"""Diffusion in pixels is slow, so Stable Diffusion works on a small copy of the picture, the latent: 4 channels, with
+one cell for each 4x4 pixels (here) or 8x8 (Stable Diffusion). An autoencoder (VAE) makes it and undoes it.
 
 AutoencoderKL.encode(picture, generator=None), in vae.py: picture (B, 3, H, W) -> latent (B, 4, h, w).
-self.moments(picture) gives two tensors: for each number of the latent the mean of a Gaussian, and the LOGARITHM of its
-VARIANCE. Without a generator the latent is the mean. With one it is a sample: the mean plus the standard deviation times
-noise from torch.randn(shape, generator=generator). The result, whichever it is, is multiplied by
+self.moments(picture) gives two tensors: for each number of the latent the mean of a Gaussian, and the LOGARITHM of
+its VARIANCE. Without a generator the latent is the mean. With one it is a sample: the mean plus the standard
+deviation times noise from torch.randn(shape, generator=generator). The result, whichever it is, is multiplied by
 self.config.scaling_factor, so that latents have a variance of about 1.
 
-Downsample.forward(x), in vae.py: (B, C, H, W) -> (B, C, H/2, W/2). self.conv is a 3x3 convolution with stride 2 that pads
-nothing itself. Before it, pad x with zeros by one pixel on the RIGHT and one BELOW, and on no other side: that is how
-Stable Diffusion's VAE was trained.
+Downsample.forward(x), in vae.py: (B, C, H, W) -> (B, C, H/2, W/2). self.conv is a 3x3 convolution with stride 2
+that pads nothing itself. Before it, pad x with zeros by one pixel on the RIGHT and one BELOW, and on no other side:
+that is how Stable Diffusion's VAE was trained.
 """
 
 import torch
+
 from checks import Wrong, check
 
 TITLE = "The latent"
@@ -76,14 +77,17 @@ def sees(m, g):
         seen.append(out[0, 0, :, 0])
     cells = [int(column.argmax()) if column.any() else None for column in seen]
     if cells != [0, 0, 0, 1, 1, 2, 2, 3]:
-        raise Wrong(f"the pixels of rows 0 to 7 are first seen by the cells of rows {cells}; right is [0, 0, 0, 1, 1, 2, 2, 3]")
+        raise Wrong(
+            f"the pixels of rows 0 to 7 are first seen by the cells of rows {cells}; right is [0, 0, 0, 1, 1, 2, 2, 3]"
+        )
     return torch.stack(seen)
 
 
 def show(m):
     import numpy as np
-    from drawing import twice
     from PIL import Image
+
+    from drawing import twice
 
     model = m.hipa.load("emoji")
     sheet = np.asarray(Image.open(m.evaluate.HERE / "renders.png").convert("RGB"))
@@ -96,6 +100,8 @@ def show(m):
     error = (copy - picture).square().mean().item()
     row = m.vae.grid([*m.vae.to_pil(picture), *channels, *m.vae.to_pil(copy)], columns=6)
     return twice(row), (
-        f"A picture, the four channels of your latent (16x16), what the decoder makes of them (mean square error {error:.4f}).\n"
-        "12,288 numbers became 1,024. Now pad one pixel on all four sides and draw this again: where does the picture go?"
+        "A picture, the four channels of your latent (16x16), what the decoder makes of them (mean square error "
+        f"{error:.4f}).\n"
+        "12,288 numbers became 1,024. Now pad one pixel on all four sides and draw this again: where does the "
+        "picture go?"
     )

@@ -3,19 +3,20 @@ sum, x_t = alpha_t x0 + sigma_t noise, where x0 is the clean latent and alpha_t^
 nearly clean, at t = 999 nearly pure noise, and its variance is 1 throughout.
 
 Schedule.__post_init__(), in hipa.py: sets self.alphas_cumprod, float32, one number for each of the
-self.num_train_timesteps timesteps. It is alpha_t^2. Each timestep takes a share beta of the picture's power away, so
-alphas_cumprod is the running product of (1 - beta). Stable Diffusion's betas run from self.beta_start to self.beta_end,
-and are equally spaced in their SQUARE ROOTS.
+self.num_train_timesteps timesteps. It is alpha_t^2. Each timestep takes a share beta of the picture's power away,
+so alphas_cumprod is the running product of (1 - beta). Stable Diffusion's betas run from self.beta_start to
+self.beta_end, and are equally spaced in their SQUARE ROOTS.
 
-Schedule.add_noise(x0, timestep, noise), in hipa.py: x_t. self.alpha_sigma(timestep) gives both weights, for an int or for
-timesteps (B,), one for each picture.
+Schedule.add_noise(x0, timestep, noise), in hipa.py: x_t. self.alpha_sigma(timestep) gives both weights, for an int
+or for timesteps (B,), one for each picture.
 
-Schedule.predict_x0(x, timestep, prediction), in hipa.py: the way back. If self.prediction_type is "epsilon", the network
-says what the noise is. If it is "v_prediction", it says v = alpha noise - sigma x0. Solve for x0, on paper first. For v:
-what is alpha times x? And sigma times v?
+Schedule.predict_x0(x, timestep, prediction), in hipa.py: the way back. If self.prediction_type is "epsilon", the
+network says what the noise is. If it is "v_prediction", it says v = alpha noise - sigma x0. Solve for x0, on paper
+first. For v: what is alpha times x? And sigma times v?
 """
 
 import torch
+
 from checks import Wrong, check
 
 TITLE = "Noise, and the way back"
@@ -42,7 +43,9 @@ def ends(m, g):
         raise Wrong(f"alphas_cumprod has shape {tuple(a.shape)}; there are 1000 timesteps")
     if not (a.diff() < 0).all():
         k = int((a.diff() >= 0).nonzero()[0, 0])
-        raise Wrong(f"it does not fall from t = {k} ({a[k]:.4g}) to t = {k + 1} ({a[k + 1]:.4g}); noise only ever grows")
+        raise Wrong(
+            f"it does not fall from t = {k} ({a[k]:.4g}) to t = {k + 1} ({a[k + 1]:.4g}); noise only ever grows"
+        )
     return [a[0].item(), a[999].item()]
 
 
@@ -87,7 +90,9 @@ def there_and_back(m, g):
             x, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
             error = (schedule.predict_x0(x, t, noise if kind == "epsilon" else v) - x0).abs().max()
             if not error < 1e-3:
-                raise Wrong(f"with the true {'noise' if kind == 'epsilon' else 'v'} at t = {t}, x0 comes back {error:.2g} off")
+                raise Wrong(
+                    f"with the true {'noise' if kind == 'epsilon' else 'v'} at t = {t}, x0 comes back {error:.2g} off"
+                )
     return True
 
 
@@ -106,5 +111,6 @@ def show(m):
     alpha, sigma = model.schedule.alpha_sigma(999)
     return twice(m.vae.grid(rows, columns=len(times))), (
         f"Above: a cat after your add_noise, at t = {times}. Below: your predict_x0 of what the network says of each.\n"
-        f"At t = 999 an error in the noise counts {sigma / alpha:.1f} times in x0. From which t on is the picture soft, and why?"
+        f"At t = 999 an error in the noise counts {sigma / alpha:.1f} times in x0. From which t on is the picture "
+        "soft, and why?"
     )

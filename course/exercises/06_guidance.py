@@ -1,16 +1,16 @@
-"""A network that is given a prompt follows it only loosely. Classifier-free guidance asks it twice, once with the prompt
-and once without, and exaggerates the difference: what the words change is made larger.
+"""A network that is given a prompt follows it only loosely. Classifier-free guidance asks it twice, once with the
+prompt and once without, and exaggerates the difference: what the words change is made larger.
 
-predictor(model, prompts, guidance=1.0, negative=""), in hipa.py: returns a FUNCTION predict_x0(x, timestep) -> x0, of
-latents x (B, 4, h, w), one for each of the B prompts. `timestep` is an int, or a tensor (B,).
+predictor(model, prompts, guidance=1.0, negative=""), in hipa.py: returns a FUNCTION predict_x0(x, timestep) -> x0,
+of latents x (B, 4, h, w), one for each of the B prompts. `timestep` is an int, or a tensor (B,).
 
-Inside, model.unet(x, timesteps, context) is the network. It takes as many timesteps, in a tensor, and as many text states
-as there are latents. model.encode_text(list of strings) gives the text states; they are the same at every step, so
-compute them once. model.schedule.predict_x0(x, timestep, prediction) makes x0 of the network's answer.
+Inside, model.unet(x, timesteps, context) is the network. It takes as many timesteps, in a tensor, and as many text
+states as there are latents. model.encode_text(list of strings) gives the text states; they are the same at every
+step, so compute them once. model.schedule.predict_x0(x, timestep, prediction) makes x0 of the network's answer.
 
-With guidance 1 or less, ask once. With guidance above 1, ask about both in ONE batch of 2B: first the B latents with the
-`negative` prompt ("" by default), then the same latents with the prompts. The answer is
-without + guidance * (with - without).
+With guidance 1 or less, ask once. With guidance above 1, ask about both in ONE batch of 2B: first the B latents
+with the `negative` prompt ("" by default), then the same latents with the prompts. The answer is without + guidance
+* (with - without).
 
 What goes into the network is of type model.dtype, which may be half precision; all arithmetic after it is float32.
 """
@@ -18,6 +18,7 @@ What goes into the network is of type model.dtype, which may be half precision; 
 from types import SimpleNamespace
 
 import torch
+
 from checks import Wrong, check
 
 TITLE = "Guidance"
@@ -42,7 +43,9 @@ class Model(SimpleNamespace):
     def unet(self, x, timesteps, context):
         shape = tuple(timesteps.shape) if torch.is_tensor(timesteps) else repr(timesteps)
         if shape != (len(x),) or len(context) != len(x):
-            raise Wrong(f"the network was given {len(x)} latents, timesteps {shape} and the states of {len(context)} texts")
+            raise Wrong(
+                f"the network was given {len(x)} latents, timesteps {shape} and the states of {len(context)} texts"
+            )
         if x.dtype != self.dtype:
             raise Wrong(f"the network computes in {self.dtype} and was given {x.dtype}")
         self.asked.append(len(x))
@@ -86,7 +89,9 @@ def cost(m, g):
     for t in (900, 500, 100):
         ask(x, t)
     if model.asked != [6, 6, 6]:
-        raise Wrong(f"three guided steps of three latents: the network was asked about {model.asked} latents; right is 6 a step")
+        raise Wrong(
+            f"three guided steps of three latents: the network was asked about {model.asked} latents; right is 6 a step"
+        )
     if model.encoded != 1:
         raise Wrong(f"the text was encoded {model.encoded} times in three steps; right is once")
     return True

@@ -1,26 +1,27 @@
-"""The network's x0 at t = 999 is a blur, the mean of all cats there could be. So a solver goes part of the way, asks again,
-and so on: 25 questions make a sharp cat. This one is DPM-Solver++(2M).
+"""The network's x0 at t = 999 is a blur, the mean of all cats there could be. So a solver goes part of the way, asks
+again, and so on: 25 questions make a sharp cat. This one is DPM-Solver++(2M).
 
-The path from noise to picture has a part that is known exactly; only how x0 changes on the way has to be guessed. With
-lambda = log(alpha / sigma), which log_snr gives, and h = lambda_later - lambda_now, which is above 0:
+The path from noise to picture has a part that is known exactly; only how x0 changes on the way has to be guessed.
+With lambda = log(alpha / sigma), which log_snr gives, and h = lambda_later - lambda_now, which is above 0:
 
     x_later = (sigma_later / sigma_now) x - alpha_later (exp(-h) - 1) D          torch.expm1(-h) is exp(-h) - 1
 
-First order: D = x0, the network's prediction now. Second order: D is x0 in the MIDDLE of the step, extrapolated along
-the straight line through the last two predictions, which lie lambda_now - lambda_before apart.
+First order: D = x0, the network's prediction now. Second order: D is x0 in the MIDDLE of the step, extrapolated
+along the straight line through the last two predictions, which lie lambda_now - lambda_before apart.
 
-dpm_step(x, x0, now, later, before=None), in hipa.py: one step. `now` and `later` are pairs (alpha, sigma). `before` is
-None, or (x0, lambda) of the step before.
+dpm_step(x, x0, now, later, before=None), in hipa.py: one step. `now` and `later` are pairs (alpha, sigma). `before`
+is None, or (x0, lambda) of the step before.
 
-dpm_solver(predict_x0, x, schedule, steps, first=None, progress=None), in hipa.py: all steps. schedule.timesteps(steps,
-first) are the timesteps, from the noisiest on; schedule.alpha_sigma(t) gives the levels. At each one ask predict_x0(x, t)
-once, and call progress(), if there is one. From each, dpm_step leads to the next one. After the last there is no
-step: the result is the x0 predicted there.
+dpm_solver(predict_x0, x, schedule, steps, first=None, progress=None), in hipa.py: all steps.
+schedule.timesteps(steps, first) are the timesteps, from the noisiest on; schedule.alpha_sigma(t) gives the levels.
+At each one ask predict_x0(x, t) once, and call progress(), if there is one. From each, dpm_step leads to the next
+one. After the last there is no step: the result is the x0 predicted there.
 """
 
 import math
 
 import torch
+
 from checks import Wrong, check
 
 TITLE = "From noise to picture: the solver"
@@ -136,5 +137,6 @@ def show(m):
     chart = plot({"your solver": (counts, errors)}, "steps", "distance to 40 steps", logarithmic=True)
     return stack(twice(m.vae.grid(pictures, columns=len(pictures))), chart), (
         f"Your solver with {counts} and 40 steps, from the same noise. Below: the distance to the 40 steps.\n"
-        "With one step no solver helps: it is the network's mean of all cats. What would have to change so that it is one cat?"
+        "With one step no solver helps: it is the network's mean of all cats. What would have to change so that "
+        "it is one cat?"
     )

@@ -1,24 +1,26 @@
-"""The paper's diagnosis: one step draws the low frequencies of a picture right (colours, large shapes), and the high ones
-(edges, texture) are missing. You write the tools that show it; two of them are part of the paper's loss.
+"""The paper's diagnosis: one step draws the low frequencies of a picture right (colours, large shapes), and the high
+ones (edges, texture) are missing. You write the tools that show it; two of them are part of the paper's loss.
 
-high_pass(x, radius), in losses.py: (B, C, H, W) without its low frequencies, same shape, float32. Transform each channel
-(torch.fft.rfft2), set to 0 what lies within `radius` of zero frequency, transform back (torch.fft.irfft2). Frequencies
-are measured in Nyquist frequencies (1 = half a cycle per pixel), in both directions; what lies exactly ON the circle goes
-too. H and W may be odd, and different.
+high_pass(x, radius), in losses.py: (B, C, H, W) without its low frequencies, same shape, float32. Transform each
+channel (torch.fft.rfft2), set to 0 what lies within `radius` of zero frequency, transform back (torch.fft.irfft2).
+Frequencies are measured in Nyquist frequencies (1 = half a cycle per pixel), in both directions; what lies exactly
+ON the circle goes too. H and W may be odd, and different.
 
-sobel(x), in losses.py: (B, C, H, W) -> same shape, the strength of edges: for each channel by itself, the length of the
-gradient by Sobel's two kernels, [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]] / 4 and its transpose. At the border the outermost
-pixels are repeated. A step from 0 to 1 gives 1. Add 1e-8 under the root.
+sobel(x), in losses.py: (B, C, H, W) -> same shape, the strength of edges: for each channel by itself, the length of
+the gradient by Sobel's two kernels, [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]] / 4 and its transpose. At the border the
+outermost pixels are repeated. A step from 0 to 1 gives 1. Add 1e-8 under the root.
 
 radial_power(pictures), in emoji/evaluate.py: (B, 3, H, H) in [-1, 1] -> H/2 + 1 numbers, the power at 0, 1, ... H/2
 cycles per picture. Clamp to [-1, 1] and take the mean over the colours; subtract each picture's mean; multiply by
 torch.hann_window(H, periodic=False) in both directions; torch.fft.fft2; square of the absolute value; mean over the
-pictures. Then the mean over each ring: the frequencies whose distance from zero, in cycles per picture, rounds to it.
+pictures. Then the mean over each ring: the frequencies whose distance from zero, in cycles per picture, rounds to
+it.
 """
 
 import math
 
 import torch
+
 from checks import Wrong, check
 
 TITLE = "The diagnosis"
@@ -111,6 +113,7 @@ def show(m):
     views = [v for p in ways.values() for q in p[:3] for v in (q, 2 * m.losses.high_pass(q[None] / 2 + 0.5, 0.25)[0])]
     sheet = twice(m.vae.grid(m.vae.to_pil(torch.stack(views)), columns=6))
     return stack(sheet, plot(series, "frequency, 1 = Nyquist", "power", logarithmic=True)), (
-        "Rows: one step, 8 steps, one step with HiPA's adaptors; beside each picture your high_pass of it. Below: your spectra.\n"
+        "Rows: one step, 8 steps, one step with HiPA's adaptors; beside each picture your high_pass of it. "
+        "Below: your spectra.\n"
         "From which frequency on does one step fall behind? Why then does the paper's loss look there?"
     )

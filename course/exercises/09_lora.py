@@ -1,19 +1,21 @@
 """To teach a network something new one need not change all its weights. LoRA leaves W as it is and trains two thin
-matrices beside it: y = W x + B A x, where A leads down to a few numbers (the rank) and B back up. That is far less to
-train and to store, and switched off, the network is the old one: teacher and student in one.
+matrices beside it: y = W x + B A x, where A leads down to a few numbers (the rank) and B back up. That is far less
+to train and to store, and switched off, the network is the old one: teacher and student in one.
 
-LoRALinear.forward(x), in lora.py: the layer's own result, super().forward(x), plus B A x, unless self.enabled is False.
-A is self.lora_A.weight (rank, in), B is self.lora_B.weight (out, rank). Both are float32 and x may be half precision: the
-result has the type of x, so convert A and B.
+LoRALinear.forward(x), in lora.py: the layer's own result, super().forward(x), plus B A x, unless self.enabled is
+False. A is self.lora_A.weight (rank, in), B is self.lora_B.weight (out, rank). Both are float32 and x may be half
+precision: the result has the type of x, so convert A and B.
 
 LoRAConv2d.forward(x), in lora.py: the same for a convolution. A is a convolution of the layer's own kernel, stride
-(self.stride) and padding (self.padding) with `rank` output channels; B, a 1x1 convolution, follows. Neither has a bias.
+(self.stride) and padding (self.padding) with `rank` output channels; B, a 1x1 convolution, follows. Neither has a
+bias.
 
-delta(A, B), in lora.py: the change of W that the two amount to, B A in the shape of W, in float32. Of a linear layer: A
-(rank, in), B (out, rank). Of a convolution: A (rank, in, k, k), B (out, rank, 1, 1).
+delta(A, B), in lora.py: the change of W that the two amount to, B A in the shape of W, in float32. Of a linear
+layer: A (rank, in), B (out, rank). Of a convolution: A (rank, in, k, k), B (out, rank, 1, 1).
 """
 
 import torch
+
 from checks import Wrong, check
 
 TITLE = "LoRA"

@@ -1,28 +1,31 @@
-"""What should one step be trained by? The mean squared error of pixels would be lowest for a blur: where an edge may lie a
-pixel further left or right, half of both is the safest bet. HiPA uses a perceptual distance, which compares features
-instead of pixels, of the pictures and of their high frequencies.
+"""What should one step be trained by? The mean squared error of pixels would be lowest for a blur: where an edge may
+lie a pixel further left or right, half of both is the safest bet. HiPA uses a perceptual distance, which compares
+features instead of pixels, of the pictures and of their high frequencies.
 
-DISTS.forward(x, y), in losses.py: pictures x, y (B, 3, H, W) in [0, 1] -> their distances (B,). Compare the pictures
-themselves and each feature map of the list self.vgg(picture, l2_pool), channel by channel. Over all places of a channel,
-with means m, variances v, the covariance cov, and c = 1e-6:
+DISTS.forward(x, y), in losses.py: pictures x, y (B, 3, H, W) in [0, 1] -> their distances (B,). Compare the
+pictures themselves and each feature map of the list self.vgg(picture, l2_pool), channel by channel. Over all places
+of a channel, with means m, variances v, the covariance cov, and c = 1e-6:
 
     texture = (2 mx my + c) / (mx^2 + my^2 + c)          structure = (2 cov + c) / (vx + vy + c)
 
-Both are 1 for equal channels. self.alpha and self.beta hold a weight for each channel of the list [picture, first feature
-map, ...], in that order, and sum to 1 together. The distance is 1 minus the sum of alpha * texture + beta * structure.
-Variances and covariance are means of squares (not divided by n - 1), in float32.
+Both are 1 for equal channels. self.alpha and self.beta hold a weight for each channel of the list [picture, first
+feature map, ...], in that order, and sum to 1 together. The distance is 1 minus the sum of alpha * texture + beta *
+structure. Variances and covariance are means of squares (not divided by n - 1), in float32.
 
-HiPALoss.forward(picture, target), in losses.py: pictures in [-1, 1] -> a dict of up to four terms, scalars. Bring the
-pictures to [0, 1] first, as float32; P is self.distance, and self.radius belongs to high_pass:
+HiPALoss.forward(picture, target), in losses.py: pictures in [-1, 1] -> a dict of up to four terms, scalars. Bring
+the pictures to [0, 1] first, as float32; P is self.distance, and self.radius belongs to high_pass:
 
-    "spatial"  P of the two pictures          "fourier"  P of their high_pass plus 0.5 (grey, so that it is a picture)
-    "sobel"    P of their sobel               "energy"   the square of log(E(picture)) - log(E(target)), where
-                                                         E is the mean square of the high_pass over all but the batch, + 1e-6
+    "spatial"  P of the two pictures
+    "fourier"  P of their high_pass plus 0.5 (grey, so that it is a picture)
+    "sobel"    P of their sobel
+    "energy"   the square of log(E(picture)) - log(E(target)), where E is the mean square of a picture's high_pass,
+               over all but the batch, plus 1e-6
 
 Each is a mean over the batch, times its weight in self.weights. A term of weight 0 is left out and not computed.
 """
 
 import torch
+
 from checks import Wrong, check
 
 TITLE = "The loss"
@@ -104,7 +107,9 @@ def left_out(m, g):
         count = 3 - len({"spatial", "fourier", "sobel"} & set(off))
         if len(net.distance.seen) != count:
             times = len(net.distance.seen)
-            raise Wrong(f"{' and '.join(off)} have weight 0, and self.distance was called {times} times; right is {count}")
+            raise Wrong(
+                f"{' and '.join(off)} have weight 0, and self.distance was called {times} times; right is {count}"
+            )
     return found
 
 

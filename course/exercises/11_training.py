@@ -1,30 +1,31 @@
-"""The method itself. The frozen model, the teacher, has drawn pictures in many steps; the student, the same network with
-adaptors, draws from the same noise in one step, and learns by the difference of the two pictures.
+"""The method itself. The frozen model, the teacher, has drawn pictures in many steps; the student, the same network
+with adaptors, draws from the same noise in one step, and learns by the difference of the two pictures.
 
-adaptation_loss(model, loss, predicted, target), in hipa.py: the student's latents `predicted` and the teacher's `target`,
-both (B, 4, h, w) -> what loss(student's picture, teacher's picture) gives, a dict of terms. model.decode makes a
-picture of a latent. The target needs no gradient: decode it under torch.no_grad().
+adaptation_loss(model, loss, predicted, target), in hipa.py: the student's latents `predicted` and the teacher's
+`target`, both (B, 4, h, w) -> what loss(student's picture, teacher's picture) gives, a dict of terms. model.decode
+makes a picture of a latent. The target needs no gradient: decode it under torch.no_grad().
 
 Run.loss_of(self, x, timesteps, x0, prompts, head_start), in train.py: one step of the student -> a dict of terms.
 hipa.student(self.student, prompts, x, timesteps) predicts; x0 is the teacher's latent.
-  "latent"  F.mse_loss of the two latents, times self.args.latent. In the head start this term is alone, and has weight 1
-            if self.args.latent is 0. Otherwise weight 0 means that it is left out.
-  After the head start the terms of hipa.adaptation_loss(self.model, self.loss, ...) join it. They are left out, and no
+- "latent": F.mse_loss of the two latents, times self.args.latent. In the head start this term is alone, and has weight
+  1 if self.args.latent is 0. Otherwise weight 0 means that it is left out.
+- After the head start the terms of hipa.adaptation_loss(self.model, self.loss, ...) join it. They are left out, and no
   picture is decoded, if all values of the dict self.loss.weights are 0.
 
-schedule_of_lr(step, steps), in train.py: the share of the full learning rate, from 0 to 1. It rises along a line over
-the first steps // 20 steps (at least 1): the first step has 1 / warm, the last of them 1. Then it falls to 0 along half a
-cosine, which begins at 1 at step `warm`.
+schedule_of_lr(step, steps), in train.py: the share of the full learning rate, from 0 to 1. It rises along a line
+over the first steps // 20 steps (at least 1): the first step has 1 / warm, the last of them 1. Then it falls to 0
+along half a cosine, which begins at 1 at step `warm`.
 
-descend(optimizer, lr), in train.py: one step of the optimizer. Clip the gradients of all groups together to a length of 1
-(torch.nn.utils.clip_grad_norm_), set the rate in every one of optimizer.param_groups, step, clear the gradients. Return
-the length before clipping, a float. If it is not finite, leave the parameters as they are.
+descend(optimizer, lr), in train.py: one step of the optimizer. Clip the gradients of all groups together to a
+length of 1 (torch.nn.utils.clip_grad_norm_), set the rate in every one of optimizer.param_groups, step, clear the
+gradients. Return the length before clipping, a float. If it is not finite, leave the parameters as they are.
 """
 
 import math
 from types import SimpleNamespace
 
 import torch
+
 from checks import Wrong, check
 
 TITLE = "Training"
@@ -95,7 +96,9 @@ def which_gradient(m, g):
     terms["spatial"].backward()
     if sorted(run.decoded) != [False, True]:
         count = sum(run.decoded)
-        raise Wrong(f"{len(run.decoded)} pictures were decoded, {count} with gradients; right is one with and one without")
+        raise Wrong(
+            f"{len(run.decoded)} pictures were decoded, {count} with gradients; right is one with and one without"
+        )
     return predicted.grad
 
 
@@ -141,7 +144,9 @@ def ends(m, g):
     if rates[0] <= 0:
         raise Wrong("at step 0 the share is 0: the first step does nothing")
     if not 0.999 < max(rates) < 1.0001 or not 0 <= rates[-1] < 0.01:
-        raise Wrong(f"of 200 steps the largest share is {max(rates):.3f}, the last {rates[-1]:.3f}; right are 1 and 0.0001")
+        raise Wrong(
+            f"of 200 steps the largest share is {max(rates):.3f}, the last {rates[-1]:.3f}; right are 1 and 0.0001"
+        )
     return True
 
 
@@ -226,7 +231,9 @@ def show(m):
     sheet = twice(m.vae.grid(m.vae.to_pil(torch.cat(pictures)), columns=5))
     chart = plot({"latents' error": (range(steps), losses)}, "step", "mean square", logarithmic=True)
     return stack(sheet, chart), (
-        f"ONE step of two noises before your {steps} steps of training, of the same two after, and the 8 steps it learned from.\n"
-        f"The latents' error fell from {losses[0]:.3f} to {losses[-1]:.3f}. The first noise it has seen, the other never: what "
+        f"ONE step of two noises before your {steps} steps of training, of the same two after, and the 8 steps it "
+        "learned from.\n"
+        f"The latents' error fell from {losses[0]:.3f} to {losses[-1]:.3f}. The first noise it has seen, the "
+        "other never: what "
         "has it learned, and what by heart?"
     )

@@ -1,26 +1,26 @@
 """Editing needs no new network: begin with a picture instead of pure noise. What the noise does not destroy is kept
 (SDEdit). And with a mask, only a part is drawn anew (inpainting).
 
-redraw(model, pictures, eps, prompts, strength, mask=None, **options), in hipa.py: pictures (B, 3, H, W) -> pictures.
-model.encode(pictures) gives latents; model.schedule.add_noise noises them with `eps` to the timestep
-round(strength * 999), where 999 is model.schedule.num_train_timesteps - 1. Then
-generate(model, prompts, x, first, **options) draws from there: it takes the noisy latents and that timestep. Move `eps`
-to model.device, and the result to pictures.device.
-With a mask (B, 1, H, W), 1 where something is to be drawn, give generate another option: `constrain`, a function that
-corrects each predicted x0. In the hole it leaves x0 as it is, elsewhere it puts the pictures' own latents back. A
-cell of the latent stands for model.vae.config.downscale pixels in both directions, and belongs to the hole if ANY of
-these is masked.
+redraw(model, pictures, eps, prompts, strength, mask=None, **options), in hipa.py: pictures (B, 3, H, W) ->
+pictures. model.encode(pictures) gives latents; model.schedule.add_noise noises them with `eps` to the timestep
+round(strength * 999), where 999 is model.schedule.num_train_timesteps - 1. Then generate(model, prompts, x, first,
+**options) draws from there: it takes the noisy latents and that timestep. Move `eps` to model.device, and the
+result to pictures.device. With a mask (B, 1, H, W), 1 where something is to be drawn, give generate another option:
+`constrain`, a function that corrects each predicted x0. In the hole it leaves x0 as it is, elsewhere it puts the
+pictures' own latents back. A cell of the latent stands for model.vae.config.downscale pixels in both directions,
+and belongs to the hole if ANY of these is masked.
 
-inpaint(model, pictures, mask, prompts, seeds, strength, **options), in hipa.py: noise_for(model, pictures, seeds) gives
-eps. What the hole held must have no effect: fill(pictures, mask) replaces it by its surroundings before redraw. Outside
-of the hole the result is the pictures' own pixels, bitwise. Inside it is what was drawn, plus fill(pictures - drawn,
-mask), which spreads the difference at the rim smoothly into the hole.
+inpaint(model, pictures, mask, prompts, seeds, strength, **options), in hipa.py: noise_for(model, pictures, seeds)
+gives eps. What the hole held must have no effect: fill(pictures, mask) replaces it by its surroundings before
+redraw. Outside of the hole the result is the pictures' own pixels, bitwise. Inside it is what was drawn, plus
+fill(pictures - drawn, mask), which spreads the difference at the rim smoothly into the hole.
 """
 
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+
 from checks import Wrong, check
 
 TITLE = "Editing and inpainting"
@@ -91,7 +91,9 @@ def strength(m, g):
     for s in (0.1, 0.5, 0.9):
         m.hipa.redraw(net, pictures, eps, ["a", "b"], s)
     if net.unet.asked != [100, 500, 899]:
-        raise Wrong(f"with strengths 0.1, 0.5, 0.9 the network is asked at t = {net.unet.asked}; right are 100, 500, 899")
+        raise Wrong(
+            f"with strengths 0.1, 0.5, 0.9 the network is asked at t = {net.unet.asked}; right are 100, 500, 899"
+        )
     return True
 
 
@@ -125,8 +127,9 @@ def unseen(m, g):
 
 def show(m):
     import numpy as np
-    from drawing import twice
     from PIL import Image
+
+    from drawing import twice
 
     net, glyphs = m.hipa.load("emoji"), m.evaluate.read_glyphs()
     m.lora.merge(net.unet, m.lora.load_lora(m.evaluate.HERE / m.sample.LORA_NAME, net.unet))
@@ -145,5 +148,6 @@ def show(m):
         row += [m.hipa.inpaint(net, panda, mask, ["a panda"], [s]) for s in range(3)]
     return twice(m.vae.grid(m.vae.to_pil(torch.cat(row)), columns=6)), (
         f"Above: a rocket becomes a sailboat, in ONE step, at strengths {strengths}.\n"
-        "Below: a panda, its right half gone, filled, and drawn anew three times. What of the rocket stays longest, and why that?"
+        "Below: a panda, its right half gone, filled, and drawn anew three times. What of the rocket stays "
+        "longest, and why that?"
     )

@@ -61,4 +61,3 @@ def predictor(model, prompts, guidance=1.0, negative=""):
 """}},
     {"name": "other order of terms", "code": {P: [(MIX, "guidance * with_text + (1 - guidance) * without")]}},
 ]  # fmt: skip
-EQUIVALENT = {}

@@ -1,7 +1,10 @@
 """Wrong and other right answers to exercise 8."""
 
 H, S, P = "losses.high_pass", "losses.sobel", "evaluate.radial_power"
-DOWN, ACROSS = "torch.fft.fftfreq(height, device=x.device)[:, None] * 2", "torch.fft.rfftfreq(width, device=x.device)[None] * 2"
+DOWN, ACROSS = (
+    "torch.fft.fftfreq(height, device=x.device)[:, None] * 2",
+    "torch.fft.rfftfreq(width, device=x.device)[None] * 2",
+)
 BORDER = """    x = torch.cat([x[..., :1, :], x, x[..., -1:, :]], dim=-2)
     padded = torch.cat([x[..., :1], x, x[..., -1:]], dim=-1)
 """

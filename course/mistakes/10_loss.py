@@ -102,4 +102,3 @@ def forward(self, picture, target):
     return out
 """}},
 ]  # fmt: skip
-EQUIVALENT = {}

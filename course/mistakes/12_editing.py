@@ -1,6 +1,6 @@
 """Wrong and other right answers to exercise 12."""
 
-R, I = "hipa.redraw", "hipa.inpaint"
+R, P = "hipa.redraw", "hipa.inpaint"
 T = "round(strength * (model.schedule.num_train_timesteps - 1))"
 NOISED = "model.schedule.add_noise(latent, first, eps.to(model.device))"
 POOL = "F.max_pool2d(mask, model.vae.config.downscale)"
@@ -36,18 +36,18 @@ MISTAKES = [
     {"name": "noised latents put back", "caught": "masked", "code": {R: [("torch.lerp(latent, x0, hole)", "torch.lerp(x, x0, hole)")]},
      "says": "You put NOISY latents back. What does constrain correct: x, or predictions of x0?"},
     {"name": "drawn everywhere", "caught": "outside",
-     "code": {I: [(WHERE, "drawn + fill(pictures - drawn, mask)")]},
+     "code": {P: [(WHERE, "drawn + fill(pictures - drawn, mask)")]},
      "says": "Outside of the hole your pixels have gone through the VAE. Whose pixels belong there?"},
-    {"name": "hole not filled first", "caught": "unseen", "code": {I: [("fill(pictures, mask), eps", "pictures, eps")]},
+    {"name": "hole not filled first", "caught": "unseen", "code": {P: [("fill(pictures, mask), eps", "pictures, eps")]},
      "says": "What the hole held is encoded with the rest, and below strength 1 something of it survives. When must it go?"},
-    {"name": "hole grey", "caught": "outside", "code": {I: [("fill(pictures, mask), eps", "pictures * (1 - mask), eps")]},
+    {"name": "hole grey", "caught": "outside", "code": {P: [("fill(pictures, mask), eps", "pictures * (1 - mask), eps")]},
      "says": "You set the hole to 0, a grey that shows at strength 0.9. By what does `fill` replace it?"},
-    {"name": "seam", "caught": "outside", "code": {I: [("drawn + fill(pictures - drawn, mask)", "drawn")]},
+    {"name": "seam", "caught": "outside", "code": {P: [("drawn + fill(pictures - drawn, mask)", "drawn")]},
      "says": "There is a seam at the rim: what is drawn does not quite meet what stays. How far is it off there, and how could "
              "that be carried on into the hole?"},
-    {"name": "no mask inside", "caught": "outside", "code": {I: [("strength, mask, **options", "strength, **options")]},
+    {"name": "no mask inside", "caught": "outside", "code": {P: [("strength, mask, **options", "strength, **options")]},
      "says": "redraw is not told of the mask, so the surroundings change while the hole is drawn, and do not fit it."},
-    {"name": "strength ignored", "caught": "unseen", "code": {I: [("prompts, strength, mask", "prompts, 0.9, mask")]},
+    {"name": "strength ignored", "caught": "unseen", "code": {P: [("prompts, strength, mask", "prompts, 0.9, mask")]},
      "says": "`strength` has no effect on your inpaint."},
 ]  # fmt: skip
 RIGHT = [
@@ -62,7 +62,7 @@ def redraw(model, pictures, eps, prompts, strength, mask=None, **options):
             return torch.where(touched, x0, z)
         options = {**options, "constrain": keep}
     return generate(model, prompts, a * z + s * eps, first=t, **options).to(pictures.device)
-""", I: """
+""", P: """
 def inpaint(model, pictures, mask, prompts, seeds, strength=0.9, **options):
     eps = noise_for(model, pictures, seeds)
     drawn = redraw(model, fill(pictures, mask), eps, prompts, strength, mask=mask, **options)
@@ -70,4 +70,3 @@ def inpaint(model, pictures, mask, prompts, seeds, strength=0.9, **options):
     return pictures * (1 - mask) + drawn * mask
 """}},
 ]  # fmt: skip
-EQUIVALENT = {}

@@ -1,0 +1,319 @@
+"""The coursework: what `cut` makes, what students are told, what the grader survives. The checks' own proof is slow."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COURSE = ROOT / "course"
+sys.path.insert(0, str(COURSE))
+
+import running  # noqa: E402
+from checks import load_file, replace  # noqa: E402
+from cutting import FILES, Answer, Problem, answers, find, parsed, source_of, split  # noqa: E402
+from handing import cut_folder, students_files  # noqa: E402
+from running import Project, UserError, check, student_files  # noqa: E402
+
+BPE, ADD = "clip.Tokenizer._bpe", "hipa.Schedule.add_noise"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def course(folder, *arguments):
+    """Runs `python course ...` in a folder -> (exit code, stdout, stderr)"""
+    command = [sys.executable, "course", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def project():
+    return Project()
+
+
+@pytest.fixture
+def emptied(project):
+    """{module: text} of a students' folder in which nothing is done."""
+    files = students_files(project)
+    return {module: files[path].decode() for module, path in FILES.items()}
+
+
+def exercise_of(project, number):
+    return next(e for e in project.exercises if e.number == number)
+
+
+def written(text, name, source):
+    """A module's text with a function replaced."""
+    tree = ast.parse(text)
+    replace(tree, name, Answer(parsed(source)))
+    return ast.unparse(tree)
+
+
+def solution(project, number):
+    """{module: text} with one exercise solved; attention by hand, as its exercise wants it."""
+    texts = dict(project.texts)
+    bank = load_file("bank", COURSE / "mistakes" / "02_attention.py")
+    if number == 2:
+        texts["unet"] = written(texts["unet"], "Attention.forward", bank.RIGHT[0]["code"]["unet.Attention.forward"])
+    return texts
+
+
+def judge(project, number, texts, seed=0):
+    return check(project, exercise_of(project, number), {m: f"{m}.py" for m in texts}, texts, seed)
+
+
+# -------------------------------------------------------------------------------------------------------------- cutting
+def test_cut_empties_the_functions_and_nothing_else(project, emptied):
+    """All files compile; every function of an exercise raises; the lines that are left are the project's own."""
+    for module, text in emptied.items():
+        tree = ast.parse(text)
+        for exercise in project.exercises:
+            for target in (t for t in exercise.TARGETS if split(t)[0] == module):
+                assert f"exercise {exercise.number}" in source_of(target, emptied)
+                assert ast.get_docstring(function(tree, target)) == ast.get_docstring(
+                    function(ast.parse(project.texts[module]), target)
+                )
+        added = set(text.splitlines()) - set(project.texts[module].splitlines())
+        assert all("NotImplementedError" in line for line in added)
+
+
+def function(tree, target):
+    return find(tree, split(target)[1])[1]
+
+
+def test_the_product_knows_nothing_of_the_course():
+    for file in FILES.values():
+        assert "course" not in (ROOT / file).read_text("utf-8")
+
+
+def test_no_solution_lies_open_in_the_students_folder(project):
+    """No line of a solution that is longer than 40 characters stands in any file that a student reads."""
+    files = students_files(project)
+    open_text = "\n".join(
+        data.decode("utf-8", "ignore") for path, data in files.items() if path.endswith((".py", ".md"))
+    )
+    shared = {line.strip() for m in project.texts.values() for line in m.splitlines() if m.count(line) > 1}
+    for exercise in project.exercises:
+        for target in exercise.TARGETS:
+            node = parsed(source_of(target, project.texts))
+            for statement in node.body[1:] if ast.get_docstring(node) else node.body:
+                for line in ast.unparse(statement).splitlines():
+                    if len(line.strip()) > 40 and line.strip() not in shared:
+                        assert line.strip() not in open_text, (target, line)
+
+
+def test_cut_refuses_a_folder_that_is_not_empty(project, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    code, out, err = course(ROOT, "cut", tmp_path)
+    assert (code, out) == (2, "") and err.startswith("error:") and err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_zips_are_never_overwritten_and_are_the_same_each_time(project, tmp_path):
+    for name in ("a.zip", "b.zip"):
+        cut_folder(project, tmp_path / name)
+    assert (tmp_path / "a.zip").read_bytes() != b"" and len(zipfile.ZipFile(tmp_path / "a.zip").namelist()) > 40
+    names = [n.split("/", 1)[1] for n in zipfile.ZipFile(tmp_path / "a.zip").namelist()]
+    assert "course/sealed" in names and not any("mistakes" in n for n in names)
+    with pytest.raises(UserError, match="exists"):
+        cut_folder(project, tmp_path / "a.zip")
+
+
+def test_the_autograder_has_what_gradescope_calls(project, tmp_path):
+    from handing import cut_autograder
+
+    cut_autograder(project, tmp_path / "auto.zip")
+    archive = zipfile.ZipFile(tmp_path / "auto.zip")
+    assert {"setup.sh", "run_autograder", "requirements.txt", "course/__main__.py", "hipa.py"} <= set(
+        archive.namelist()
+    )
+    assert archive.getinfo("run_autograder").external_attr >> 16 & 0o111
+    with pytest.raises(UserError, match="zip"):
+        cut_autograder(project, tmp_path / "auto")
+
+
+# --------------------------------------------------------------------------------------------- what the student is told
+def test_the_board_of_a_new_folder_and_the_first_exercise(project, tmp_path):
+    """Both answer without torch, so at once."""
+    folder = tmp_path / "mine"
+    cut_folder(project, folder)
+    code, out, err = course(folder)
+    assert code == 0 and err == "" and "0 of 108 points. Next: python course check 1" in out
+    code, out, _ = course(folder, "check", "1")
+    assert code == 1 and "Tokenizer._bpe in clip.py, line" in out and "</w>" in out
+    for wrong in (["check", "13"], ["check", "x"], ["cut", tmp_path / "other"], ["nonsense"]):
+        code, out, err = course(folder, *wrong)
+        assert code == 2 and err.startswith("error:") and err.count("\n") == 1, wrong
+
+
+def test_a_wrong_answer_is_told_its_value_its_place_and_its_mistake(project, emptied):
+    texts = {**emptied, "hipa": written(emptied["hipa"], "Schedule.add_noise", """
+def add_noise(self, x0, timestep, noise):
+    alpha, sigma = self.alpha_sigma(timestep)
+    return x0 + noise * sigma
+""")}  # fmt: skip
+    result = judge(project, 5, texts)
+    assert result.state[ADD] == "wrong" and result.points == 0
+    assert "variance grows to 2" in result.hints[ADD]
+    assert any("right is" in (how or "") and "at [" in how for _, _, _, how in result.checks if how)
+
+
+def test_helpers_imports_and_methods_of_the_students_own_are_used(project, emptied):
+    text = emptied["clip"].replace('raise NotImplementedError("exercise 1")', "return self.mine(letters(word))")
+    text = text.replace("    def tokenize(self", '''    def mine(self, parts):
+        for pair in sorted(self.ranks, key=self.ranks.get):
+            for i in itertools.count():
+                if i >= len(parts) - 1:
+                    break
+                if (parts[i], parts[i + 1]) == pair:
+                    parts[i : i + 2] = ["".join(pair)]
+        return parts
+
+    def tokenize(self''')  # fmt: skip
+    text = text.replace("import json\n", "import itertools\nimport json\n")
+    text += '\n\nMARK = "</w>"\n\n\ndef letters(word):\n    return [*word[:-1], word[-1] + MARK]\n'
+    assert judge(project, 1, {**emptied, "clip": text}).points == 7
+
+
+def test_a_typo_in_another_function_of_the_file_blocks_nothing(project, emptied):
+    broken = project.texts["hipa"].replace("def noise_for(model, pictures, seeds):", "def noise_for(model pictures):")
+    assert judge(project, 5, {**emptied, "hipa": broken}).points == 9
+    own = project.texts["hipa"].replace("return alpha * x0 + sigma * noise", "return alpha * x0 + + sigma noise")
+    result = judge(project, 5, {**emptied, "hipa": own})
+    assert result.points == 6 and "line" in result.problems[ADD]
+
+
+def test_a_crash_is_shown_as_the_students_own_line(project, emptied, tmp_path):
+    path = tmp_path / "hipa.py"
+    path.write_text(emptied["hipa"].replace(
+        'raise NotImplementedError("exercise 6")  # python course check 6', "return promts"))  # fmt: skip
+    paths = {"hipa": str(path)}
+    result = check(project, exercise_of(project, 6), paths, {**emptied, "hipa": path.read_text()})
+    shown = next(how for *_, how in result.checks if how)
+    assert "NameError" in shown and "hipa.py, line" in shown and "return promts" in shown
+
+
+def test_a_function_that_is_gone_and_one_that_is_forbidden_are_named(project, emptied):
+    gone = {**emptied, "clip": emptied["clip"].replace("def _bpe", "def bpe_")}
+    (problem,) = answers(exercise_of(project, 1), gone, project.texts).values()
+    assert isinstance(problem, Problem) and "_bpe" in str(problem)
+    (problem,) = answers(exercise_of(project, 2), project.texts, project.texts).values()
+    assert isinstance(problem, Problem) and "scaled_dot_product_attention" in str(problem)
+
+
+# ------------------------------------------------------------------------------------------------- what it must survive
+LOOPS = {
+    "an endless loop": ("while True:\n        pass", "never ends"),
+    "an endless loop that catches": (
+        "while True:\n        try:\n            len(word)\n        except Exception:\n            pass", "never ends"),
+    "the end of Python": ("import os; os._exit(3)", "ended Python itself (exit code 3)"),
+    "sys.exit": ("import sys; sys.exit(0)", "sys.exit"),
+    "a question": ("return input()", "EOFError"),
+    "deep recursion": ("return self._bpe(word)", "RecursionError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_an_answer_that_does_not_return_costs_its_own_exercise(project, emptied, name):
+    code, says = LOOPS[name]
+    text = emptied["clip"].replace('raise NotImplementedError("exercise 1")', code)
+    result = judge(project, 1, {**emptied, "clip": text})
+    told = [result.failed or "", *(how or "" for *_, how in result.checks)]
+    assert result.points == 0 and any(says in words for words in told), told
+
+
+def test_what_an_answer_prints_is_shown_and_cut_short(project):
+    loud = "        for _ in range(20_000): print('hello')\n        parts = [*word[:-1]"
+    text = project.texts["clip"].replace("        parts = [*word[:-1]", loud)
+    result = judge(project, 1, {**project.texts, "clip": text})
+    assert result.points == 7 and len(result.printed) < 2200 and "characters more" in result.printed
+
+
+def test_an_answer_that_deletes_all_it_can_find_costs_its_own_exercise(project, tmp_path):
+    """The grader's own folder is a copy here; the answer removes the folder that its module lies in, and the
+    current."""
+    evil = (
+        "import os, shutil\n        for folder in (os.path.dirname(__file__), os.getcwd()): shutil.rmtree(folder, True)"
+    )
+    text = project.texts["clip"].replace(
+        "        parts = [*word[:-1]", f"        {evil}\n        raise KeyError\n        parts = [*word[:-1]"
+    )
+    texts = {**project.texts, "clip": text}
+    before = sorted(p for p in COURSE.rglob("*") if "__pycache__" not in p.parts)
+    assert judge(project, 1, texts).points == 0
+    assert judge(project, 9, texts).points == 8
+    assert sorted(p for p in COURSE.rglob("*") if "__pycache__" not in p.parts) == before
+
+
+def test_a_wait_that_uses_no_processor_time_ends_too(project, emptied, monkeypatch):
+    monkeypatch.setattr(running, "WALL_SECONDS", 8)
+    text = emptied["clip"].replace('raise NotImplementedError("exercise 1")', "import time; time.sleep(1000)")
+    result = judge(project, 1, {**emptied, "clip": text})
+    assert result.points == 0 and "stopped after 8 seconds" in result.failed
+
+
+def test_without_torch_there_is_one_line(project, emptied, monkeypatch, tmp_path):
+    """As on a machine where nothing is installed yet."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match="pip install"):
+        judge(project, 1, project.texts)
+
+
+# -------------------------------------------------------------------------------------------------------------- grading
+def test_files_lie_flat_or_are_missing(project, tmp_path):
+    (tmp_path / "evaluate.py").write_text(project.texts["evaluate"])
+    paths, texts = student_files(tmp_path)
+    assert paths == {"evaluate": str(tmp_path / "evaluate.py")}
+    (problem,) = answers(exercise_of(project, 1), texts, project.texts).values()
+    assert str(problem) == "clip.py is missing"
+    with pytest.raises(UserError):
+        student_files(tmp_path / "nowhere")
+
+
+def test_results_are_written_also_where_nothing_can_be_graded(tmp_path):
+    code, _, err = course(ROOT, "grade", tmp_path, "--out", tmp_path / "results.json")
+    tests = json.loads((tmp_path / "results.json").read_text("utf-8"))["tests"]
+    assert code == 2 and err.count("\n") == 1
+    assert len(tests) == 12 and all(test["score"] == 0 for test in tests)
+
+
+@pytest.mark.slow
+def test_nothing_scores_0_and_everything_scores_all(project, tmp_path):
+    """And the solved folder's sample.py draws what the project's draws."""
+    from PIL import Image
+
+    cut_folder(project, tmp_path / "mine")
+    out = tmp_path / "results.json"
+    assert "\n0 of 108 points" in course(ROOT, "grade", tmp_path / "mine", "--out", out)[1]
+    for module, text in solution(project, 2).items():
+        (tmp_path / "mine" / FILES[module]).write_text(text, "utf-8")
+    assert "\n108 of 108 points" in course(ROOT, "grade", tmp_path / "mine", "--seed", 7, "--out", out)[1]
+    assert [t["score"] for t in json.loads(out.read_text("utf-8"))["tests"]] == [e.POINTS for e in project.exercises]
+    pictures = []
+    for folder in (ROOT, tmp_path / "mine"):
+        command = [sys.executable, "sample.py", "a cat", "--out", str(tmp_path / folder.name)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, check=True)
+        pictures.append(Image.open(folder / done.stdout.strip()).convert("RGB").tobytes())
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, 13))
+def test_the_checks_can_be_trusted(number):
+    """Known mistakes are caught and named, other right answers pass, mutants are caught: at one seed here."""
+    code, out, err = course(ROOT, "prove", number, "--seeds", 0)
+    assert code == 0 and "; 0 problems" in out, out + err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, 13))
+def test_every_exercise_ends_in_a_picture(project, number):
+    texts = solution(project, number)
+    event = running.picture(project, exercise_of(project, number), {m: f"{m}.py" for m in texts}, texts)
+    assert len(event["png"]) > 1000 and event["words"].count("?") >= 1
