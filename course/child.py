@@ -27,20 +27,19 @@ class Capped(io.TextIOBase):
 
 
 def main():
+    import torch
+
+    from checks import Course
+
+    torch.set_num_threads(1)  # everything here is small; two threads on a busy laptop are slower than one
     request = json.loads(sys.stdin.buffer.readline())
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that no print of any library gets between the events
     printed = sys.stdout = sys.stderr = Capped()
 
     def tell(**event):
         out.write(json.dumps(event) + "\n")
         out.flush()
-
-    import torch
-
-    torch.set_num_threads(1)  # everything here is small; two threads on a busy laptop are slower than one
-    from checks import Course
 
     course = Course(HERE.parent)
     exercise = course.exercise(request["exercise"])

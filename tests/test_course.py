@@ -92,19 +92,16 @@ def test_the_product_knows_nothing_of_the_course():
 
 
 def test_no_solution_lies_open_in_the_students_folder(project):
-    """No line of a solution that is longer than 40 characters stands in any file that a student reads."""
+    """No long line of a solution stands in the hand-out or in the checks."""
     files = students_files(project)
-    open_text = "\n".join(
-        data.decode("utf-8", "ignore") for path, data in files.items() if path.endswith((".py", ".md"))
-    )
-    shared = {line.strip() for m in project.texts.values() for line in m.splitlines() if m.count(line) > 1}
+    read = [data for path, data in files.items() if path == "README.md" or path.startswith("course/")]
+    open_text = "\n".join(data.decode("utf-8", "ignore") for data in read)
     for exercise in project.exercises:
         for target in exercise.TARGETS:
             node = parsed(source_of(target, project.texts))
             for statement in node.body[1:] if ast.get_docstring(node) else node.body:
                 for line in ast.unparse(statement).splitlines():
-                    if len(line.strip()) > 40 and line.strip() not in shared:
-                        assert line.strip() not in open_text, (target, line)
+                    assert len(line.strip()) < 45 or line.strip() not in open_text, (target, line)
 
 
 def test_cut_refuses_a_folder_that_is_not_empty(project, tmp_path):
@@ -114,10 +111,8 @@ def test_cut_refuses_a_folder_that_is_not_empty(project, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_zips_are_never_overwritten_and_are_the_same_each_time(project, tmp_path):
-    for name in ("a.zip", "b.zip"):
-        cut_folder(project, tmp_path / name)
-    assert (tmp_path / "a.zip").read_bytes() != b"" and len(zipfile.ZipFile(tmp_path / "a.zip").namelist()) > 40
+def test_a_zip_has_the_same_folder_and_is_never_overwritten(project, tmp_path):
+    cut_folder(project, tmp_path / "a.zip")
     names = [n.split("/", 1)[1] for n in zipfile.ZipFile(tmp_path / "a.zip").namelist()]
     assert "course/sealed" in names and not any("mistakes" in n for n in names)
     with pytest.raises(UserError, match="exists"):
@@ -207,20 +202,25 @@ def test_a_function_that_is_gone_and_one_that_is_forbidden_are_named(project, em
 
 
 # ------------------------------------------------------------------------------------------------- what it must survive
-LOOPS = {
-    "an endless loop": ("while True:\n        pass", "never ends"),
-    "an endless loop that catches": (
-        "while True:\n        try:\n            len(word)\n        except Exception:\n            pass", "never ends"),
-    "the end of Python": ("import os; os._exit(3)", "ended Python itself (exit code 3)"),
-    "sys.exit": ("import sys; sys.exit(0)", "sys.exit"),
-    "a question": ("return input()", "EOFError"),
-    "deep recursion": ("return self._bpe(word)", "RecursionError"),
-}  # fmt: skip
+SLOW = pytest.mark.slow
+ENDLESS = """while True:
+            try:
+                len(word)
+            except Exception:
+                pass"""
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_an_answer_that_does_not_return_costs_its_own_exercise(project, emptied, name):
-    code, says = LOOPS[name]
+@pytest.mark.parametrize(
+    "code, says",
+    [
+        pytest.param(ENDLESS, "never ends", id="an endless loop that catches exceptions"),
+        pytest.param("import os; os._exit(3)", "ended Python itself (exit code 3)", id="the end of Python"),
+        pytest.param("import sys; sys.exit(0)", "sys.exit", id="sys.exit", marks=SLOW),
+        pytest.param("return input()", "EOFError", id="a question", marks=SLOW),
+        pytest.param("return self._bpe(word)", "RecursionError", id="deep recursion", marks=SLOW),
+    ],
+)
+def test_an_answer_that_does_not_return_costs_its_own_exercise(project, emptied, code, says):
     text = emptied["clip"].replace('raise NotImplementedError("exercise 1")', code)
     result = judge(project, 1, {**emptied, "clip": text})
     told = [result.failed or "", *(how or "" for *_, how in result.checks)]
@@ -228,12 +228,13 @@ def test_an_answer_that_does_not_return_costs_its_own_exercise(project, emptied,
 
 
 def test_what_an_answer_prints_is_shown_and_cut_short(project):
-    loud = "        for _ in range(20_000): print('hello')\n        parts = [*word[:-1]"
+    loud = "        for _ in range(50): print('hello')\n        parts = [*word[:-1]"
     text = project.texts["clip"].replace("        parts = [*word[:-1]", loud)
     result = judge(project, 1, {**project.texts, "clip": text})
     assert result.points == 7 and len(result.printed) < 2200 and "characters more" in result.printed
 
 
+@pytest.mark.slow
 def test_an_answer_that_deletes_all_it_can_find_costs_its_own_exercise(project, tmp_path):
     """The grader's own folder is a copy here; the answer removes the folder that its module lies in, and the
     current."""
@@ -250,6 +251,7 @@ def test_an_answer_that_deletes_all_it_can_find_costs_its_own_exercise(project, 
     assert sorted(p for p in COURSE.rglob("*") if "__pycache__" not in p.parts) == before
 
 
+@pytest.mark.slow
 def test_a_wait_that_uses_no_processor_time_ends_too(project, emptied, monkeypatch):
     monkeypatch.setattr(running, "WALL_SECONDS", 8)
     text = emptied["clip"].replace('raise NotImplementedError("exercise 1")', "import time; time.sleep(1000)")
