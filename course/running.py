@@ -142,13 +142,16 @@ def picture(project, exercise, paths, texts):
 
 
 def ask(project, exercise, paths, texts, seed, picture=False):
-    """Runs child.py -> its events, and in words how it ended if it did not answer."""
-    seconds = PICTURE_SECONDS if picture else WALL_SECONDS
+    """Runs child.py for an exercise -> its events, and in words how it ended if it did not answer."""
     request = {"exercise": exercise.number, "paths": paths, "texts": texts, "seed": seed, "picture": picture}
+    return run_child(project, "child.py", request, PICTURE_SECONDS if picture else WALL_SECONDS)
+
+
+def run_child(project, script, request, seconds):
+    """Runs a script of course/ in a fresh copy of the project -> its events, and in words how it ended."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         project.write(Path(folder))
-        command = [sys.executable, str(Path(folder) / "course" / "child.py")]
-        pipe = subprocess.PIPE
+        command, pipe = [sys.executable, str(Path(folder) / "course" / script)], subprocess.PIPE
         child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder)
         timed_out = False
         try:
