@@ -15,9 +15,10 @@ COURSE = ROOT / "course"
 sys.path.insert(0, str(COURSE))
 
 import running  # noqa: E402
-from checks import load_file, replace  # noqa: E402
+from checks import Course, load_file, replace  # noqa: E402
 from cutting import FILES, Answer, Problem, answers, find, parsed, source_of, split  # noqa: E402
 from handing import cut_folder, students_files  # noqa: E402
+from proof import prove  # noqa: E402
 from running import Project, UserError, check, student_files  # noqa: E402
 
 BPE, ADD = "clip.Tokenizer._bpe", "hipa.Schedule.add_noise"
@@ -305,17 +306,35 @@ def test_nothing_scores_0_and_everything_scores_all(project, tmp_path):
     assert pictures[0] == pictures[1]
 
 
+@pytest.fixture(scope="module")
+def reference():
+    return Course(ROOT)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(1, 13))
-def test_the_checks_can_be_trusted(number):
+def test_the_checks_can_be_trusted(reference, number):
     """Known mistakes are caught and named, other right answers pass, mutants are caught: at one seed here."""
-    code, out, err = course(ROOT, "prove", number, "--seeds", 0)
-    assert code == 0 and "; 0 problems" in out, out + err
+    row = prove(reference, reference.exercise(number), 0)
+    assert row["problems"] == [] and row["mistakes"] >= 5 and row["mutants"] >= 5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(1, 13))
-def test_every_exercise_ends_in_a_picture(project, number):
-    texts = solution(project, number)
-    event = running.picture(project, exercise_of(project, number), {m: f"{m}.py" for m in texts}, texts)
-    assert len(event["png"]) > 1000 and event["words"].count("?") >= 1
+def test_every_exercise_ends_in_a_picture_and_a_question(reference, number):
+    exercise = reference.exercise(number)
+    picture, words = exercise.show(reference.graft({}))
+    assert picture.width >= 400 and picture.convert("L").getextrema()[0] < 100 and "?" in words
+
+
+def test_a_proof_finds_a_check_that_is_too_weak(reference):
+    """Without its strict checks exercise 1 lets mistakes and mutants pass, and the proof says so."""
+    exercise = reference.exercise(1)
+    exercise.checks = {name: exercise.checks[name] for name in ("characters", "end")}
+    problems = prove(reference, exercise, 0)["problems"]
+    assert any("does not catch" in problem for problem in problems)
+    assert any("survives" in problem for problem in problems)
+    exercise = reference.exercise(3)
+    exercise.equivalent = {"nothing  ->  something": "no reason"}
+    problems = prove(reference, exercise, 0)["problems"]
+    assert any("survives" in p for p in problems) and any("declared" in p for p in problems)

@@ -8,7 +8,7 @@ from lora import add_lora, factors
 from losses import HiPALoss
 from train import descend, load_distance, schedule_of_lr
 
-PAIRS, STEPS, BATCH = 384, 360, 8
+PAIRS, STEPS, BATCH = 640, 800, 8
 
 
 def train(model, prompts):
@@ -20,7 +20,7 @@ def train(model, prompts):
 
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(add_lora(model.unet, 4, "all"), betas=(0.9, 0.99), weight_decay=0.0)
-    loss = HiPALoss(load_distance("dists", hipa.find_checkpoint("emoji")), 1.0, 3.0, 1.0, 0.2)
+    loss = HiPALoss(load_distance("dists", hipa.find_checkpoint("emoji")), 1.0, 3.0, 1.0, 0.4)
     for step in range(STEPS):
         rows = torch.randperm(PAIRS)[:BATCH]
         predicted = hipa.student(model, [prompts[k] for k in rows], noise[rows], 999)
