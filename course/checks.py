@@ -276,7 +276,7 @@ def difference(a, b):
             return f"the result's names are {list(a)}; {list(b)} are expected"
         return next((f"{key}: {d}" for key in b if (d := difference(a[key], b[key]))), None)
     if isinstance(b, (list, tuple)):
-        if not isinstance(a, (list, tuple)) or len(a) != len(b):
+        if not isinstance(a, (list, tuple)) or len(a) != len(b) or all(isinstance(x, str) for x in b) and list(a) != b:
             return f"yours is {a!r:.200}, right is {b!r:.200}"
         return next((d for x, y in zip(a, b) if (d := difference(x, y))), None)
     return None if type(a) is type(b) and a == b else f"yours is {a!r:.200}, right is {b!r:.200}"
@@ -307,8 +307,8 @@ def difference_of_tensors(a, b):
 
 def in_general(a, b):
     """A guess at what is wrong that holds for any exercise: a factor, a sign, an order. None: no idea."""
-    if isinstance(b, (list, tuple)) and isinstance(a, (list, tuple)) and len(a) == len(b):
-        return next((guess for x, y in zip(a, b) if (guess := in_general(x, y))), None)
+    if isinstance(b, dict) and isinstance(a, dict) and a.keys() == b.keys():
+        return next((guess for key in b if (guess := in_general(a[key], b[key]))), None)
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or not a.is_floating_point():
         return None
     if a.shape != b.shape:

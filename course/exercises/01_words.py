@@ -27,51 +27,53 @@ def tokenizer(m, merges):
     return m.clip.Tokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, merges)
 
 
-def tokens(m, word, *merges):
-    return list(tokenizer(m, [tuple(pair.split()) for pair in merges])._bpe(word))
+def tokens(m, *cases):
+    """Cases (word, merge, merge, ...) -> {the case in words: its tokens}"""
+    found = {}
+    for word, *merges in cases:
+        pairs = [tuple(pair.split()) for pair in merges]
+        how = ", ".join(f"({left}, {right})" for left, right in pairs)
+        found[f"'{word}' with the pairs {how}" if pairs else f"'{word}'"] = list(tokenizer(m, pairs)._bpe(word))
+    return found
 
 
 @check(B, "without merges: characters, the last one marked as the word's end")
 def characters(m, g):
-    return [tokens(m, "cat"), tokens(m, "a")]
+    return tokens(m, ["cat"], ["a"])
 
 
 @check(B, "the pair of the lowest rank goes first, not the leftmost")
 def best_first(m, g):
-    return [
-        tokens(m, "abc", "b c</w>", "a b"),
-        tokens(m, "abcd", "c d</w>", "b c", "a b"),
-        tokens(m, "abcd", "b c", "c d</w>"),
-    ]
+    return tokens(m, ["abc", "b c</w>", "a b"], ["abcd", "c d</w>", "b c", "a b"], ["abcd", "b c", "c d</w>"])
 
 
 @check(B, "merged pieces are merged again")
 def again(m, g):
-    return [tokens(m, "cat", "a t</w>", "c at</w>"), tokens(m, "abab", "a b", "b </w>", "ab ab")]
+    return tokens(m, ["cat", "a t</w>", "c at</w>"], ["ababab", "a b", "ab ab"])
 
 
 @check(B, "a pair is merged wherever it stands, from left to right, and no piece is used twice")
 def everywhere(m, g):
-    return [tokens(m, "abcabd", "a b", "ab c"), tokens(m, "aaaab", "a a"), tokens(m, "aaab", "a a", "a b</w>")]
+    return tokens(m, ["abcabd", "a b", "ab c"], ["aaaab", "a a"], ["aaab", "a a", "a b</w>"])
 
 
 @check(B, "the end of a word is another piece than its middle")
 def end(m, g):
-    return [tokens(m, "nana", "n a</w>"), tokens(m, "an", "a n", "a n</w>")]
+    return tokens(m, ["nana", "n a</w>"], ["an", "a n", "a n</w>"])
 
 
 @check(B, "200 words with random merges")
 def many(m, g):
-    rng, found = random.Random(int(g.initial_seed())), []
+    rng, cases = random.Random(int(g.initial_seed())), []
     for _ in range(40):
         pieces, merges = ["a", "b", "c", "a</w>", "b</w>", "c</w>"], []
         for _ in range(12):
             left, right = rng.choice([p for p in pieces if not p.endswith("</w>")]), rng.choice(pieces)
-            if (left, right) not in merges and left + right not in pieces:
-                merges.append((left, right))
+            if f"{left} {right}" not in merges and left + right not in pieces:
+                merges.append(f"{left} {right}")
                 pieces.append(left + right)
-        found += [list(tokenizer(m, merges)._bpe("".join(rng.choices("abc", k=rng.randint(1, 9))))) for _ in range(5)]
-    return found
+        cases += [("".join(rng.choices("abc", k=rng.randint(1, 9))), *merges) for _ in range(5)]
+    return tokens(m, *cases)
 
 
 def show(m):

@@ -29,7 +29,7 @@ EMBED, BLOCK = TARGETS
 @check(EMBED, "the values, for some timesteps and widths")
 def values(m, g):
     t = torch.randint(0, 1000, (5,), generator=g)
-    return [m.unet.sinusoidal_embedding(t, dim) for dim in (8, 32)]
+    return {f"dim = {dim}": m.unet.sinusoidal_embedding(t, dim) for dim in (8, 32)}
 
 
 @check(EMBED, "at t = 0 cosines are 1 and sines 0; the row has the same length at every timestep")
@@ -37,7 +37,7 @@ def zero(m, g):
     e = m.unet.sinusoidal_embedding(torch.tensor([0, 1, 500, 999]), 16)
     if e.shape != (4, 16):
         raise Wrong(f"for 4 timesteps and dim 16 your result has shape {tuple(e.shape)}; right is (4, 16)")
-    return [e[0], e.square().sum(1)]
+    return {"the row of t = 0": e[0], "the squared lengths of four rows": e.square().sum(1)}
 
 
 @check(EMBED, "how alike two timesteps look depends on how far apart they are, not on where they are")
@@ -60,7 +60,8 @@ def block(m, g, c_in=8, c_out=12):
 
 @check(BLOCK, "the values, where the number of channels changes and where it does not")
 def result(m, g):
-    return [net(x, t) for net, x, t in (block(m, g), block(m, g, 8, 8))]
+    cases = {"from 8 to 12 channels": block(m, g), "from 8 to 8 channels": block(m, g, 8, 8)}
+    return {name: net(x, t) for name, (net, x, t) in cases.items()}
 
 
 @check(BLOCK, "x and the time are left as they were")

@@ -34,13 +34,14 @@ def vae(m, g):
 @check(ENCODE, "without a generator: the mean, scaled, the same every time")
 def mean(m, g):
     net, picture = vae(m, g)
-    return [net.encode(picture), net.encode(picture)]
+    return {"the first time": net.encode(picture), "the second time": net.encode(picture)}
 
 
 @check(ENCODE, "with a generator: a sample, and the same generator gives the same sample")
 def sample(m, g):
     net, picture = vae(m, g)
-    return [net.encode(picture, torch.Generator().manual_seed(k)) for k in (1, 1, 2)]
+    cases = {"seed 1": 1, "seed 1 again": 1, "seed 2": 2}
+    return {name: net.encode(picture, torch.Generator().manual_seed(seed)) for name, seed in cases.items()}
 
 
 @check(ENCODE, "samples spread as the log-variance says")
@@ -61,7 +62,7 @@ def down(m, g):
     net = m.vae.Downsample(3).requires_grad_(False)
     for p in net.parameters():
         p.copy_(torch.randn(p.shape, generator=g))
-    return [net(torch.randn(1, 3, h, w, generator=g)) for h, w in ((8, 6), (7, 5))]
+    return {f"{h} x {w} pixels": net(torch.randn(1, 3, h, w, generator=g)) for h, w in ((8, 6), (7, 5))}
 
 
 @check(DOWN, "the cell at row i, column j sees the rows 2i, 2i+1, 2i+2 and the columns 2j, 2j+1, 2j+2")

@@ -33,7 +33,8 @@ def latent(g, n=3):
 @check(POST, "alphas_cumprod is Stable Diffusion's, and right for any beta_start and beta_end")
 def schedule(m, g):
     start, end = 1e-4 + 1e-3 * torch.rand(2, generator=g).double() * torch.tensor([1, 15])
-    return [m.hipa.Schedule().alphas_cumprod, m.hipa.Schedule(200, start.item(), end.item()).alphas_cumprod]
+    other = m.hipa.Schedule(200, start.item(), end.item())
+    return {"the defaults": m.hipa.Schedule().alphas_cumprod, "other betas": other.alphas_cumprod}
 
 
 @check(POST, "it falls from nearly 1 to nearly 0: 0.9991 at t = 0, 0.00466 at t = 999")
@@ -46,7 +47,7 @@ def ends(m, g):
         raise Wrong(
             f"it does not fall from t = {k} ({a[k]:.4g}) to t = {k + 1} ({a[k + 1]:.4g}); noise only ever grows"
         )
-    return [a[0].item(), a[999].item()]
+    return {"t = 0": a[0].item(), "t = 999": a[999].item()}
 
 
 @check(ADD, "x_t, with one timestep for all pictures")
@@ -72,13 +73,15 @@ def variance(m, g):
 @check(BACK, "x0 from the noise (epsilon)")
 def epsilon(m, g):
     schedule, x, noise = m.hipa.Schedule(), latent(g), latent(g)
-    return [schedule.predict_x0(x, 700, noise), schedule.predict_x0(x, torch.tensor([5, 600, 999]), noise)]
+    cases = {"t = 700": 700, "t = 5, 600, 999": torch.tensor([5, 600, 999])}
+    return {name: schedule.predict_x0(x, t, noise) for name, t in cases.items()}
 
 
 @check(BACK, "x0 from v")
 def velocity(m, g):
     schedule, x, v = m.hipa.Schedule(prediction_type="v_prediction"), latent(g), latent(g)
-    return [schedule.predict_x0(x, 700, v), schedule.predict_x0(x, torch.tensor([5, 600, 999]), v)]
+    cases = {"t = 700": 700, "t = 5, 600, 999": torch.tensor([5, 600, 999])}
+    return {name: schedule.predict_x0(x, t, v) for name, t in cases.items()}
 
 
 @check(BACK, "there and back: what a perfect network says gives x0 again")

@@ -63,7 +63,8 @@ PROMPTS = ["a cat", "a rocket", "an owl"]
 @check(P, "without guidance: one question, half the cost")
 def plain(m, g):
     model, x = Model(m), latent(g)
-    out = [m.hipa.predictor(model, PROMPTS, *guidance)(x, 700) for guidance in ((), (1.0,), (0.5,))]
+    cases = {"the default guidance": (), "guidance 1": (1.0,), "guidance 0.5": (0.5,)}
+    out = {name: m.hipa.predictor(model, PROMPTS, *guidance)(x, 700) for name, guidance in cases.items()}
     if model.asked != [3, 3, 3]:
         how = "with the default guidance, 1 and 0.5, of three latents each"
         raise Wrong(f"{how}, the network was asked about {model.asked} latents; right is 3 each time")
@@ -73,13 +74,14 @@ def plain(m, g):
 @check(P, "with guidance, and with a negative prompt")
 def guided(m, g):
     x = latent(g)
-    return [m.hipa.predictor(Model(m), PROMPTS, s, n)(x, 700) for s, n in ((3.0, ""), (1.5, "a dog"))]
+    cases = {"guidance 3": (3.0, ""), "guidance 1.5, negative 'a dog'": (1.5, "a dog")}
+    return {name: m.hipa.predictor(Model(m), PROMPTS, *how)(x, 700) for name, how in cases.items()}
 
 
 @check(P, "a timestep for each picture; a network that predicts v")
 def own_timesteps(m, g):
     x, t = latent(g), torch.tensor([999, 30, 400])
-    return [m.hipa.predictor(Model(m, "v_prediction"), PROMPTS, s)(x, t) for s in (1.0, 4.0)]
+    return {f"guidance {s:g}": m.hipa.predictor(Model(m, "v_prediction"), PROMPTS, s)(x, t) for s in (1.0, 4.0)}
 
 
 @check(P, "both halves in one batch; the text is encoded once, however many steps there are")

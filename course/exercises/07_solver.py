@@ -48,8 +48,9 @@ def network(schedule):
 @check(STEP, "first order: from noise and one prediction")
 def first_order(m, g):
     schedule, x, x0 = m.hipa.Schedule(), latent(g), latent(g)
-    levels = [(schedule.alpha_sigma(a), schedule.alpha_sigma(b)) for a, b in ((999, 700), (500, 20))]
-    return [m.hipa.dpm_step(x, x0, now, later) for now, later in levels]
+    cases = {"from t = 999 to 700": (999, 700), "from t = 500 to 20": (500, 20)}
+    levels = {name: map(schedule.alpha_sigma, pair) for name, pair in cases.items()}
+    return {name: m.hipa.dpm_step(x, x0, *now_and_later) for name, now_and_later in levels.items()}
 
 
 @check(STEP, "if the network always says the same x0, a step of any length is exact: the same noise, less of it")
@@ -106,8 +107,8 @@ def one_step(m, g):
 @check(SOLVER, "many steps, from pure noise and from a later timestep")
 def many(m, g):
     schedule, x = m.hipa.Schedule(), latent(g)
-    how = [(2, None), (3, None), (10, None), (5, 600)]
-    return [m.hipa.dpm_solver(network(schedule), x, schedule, steps, first) for steps, first in how]
+    cases = {"2 steps": (2, None), "3 steps": (3, None), "10 steps": (10, None), "5 steps from t = 600": (5, 600)}
+    return {name: m.hipa.dpm_solver(network(schedule), x, schedule, *how) for name, how in cases.items()}
 
 
 @check(SOLVER, "the network is asked once a step, at the right timesteps, and progress is called once a step")

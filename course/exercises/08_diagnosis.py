@@ -58,7 +58,8 @@ def waves(m, g):
 
 @check(HIGH, "the values, for sizes that are odd and not square")
 def high(m, g):
-    return [m.losses.high_pass(torch.rand(2, 3, h, w, generator=g), 0.4) for h, w in ((15, 22), (16, 9), (12, 12))]
+    sizes = (15, 22), (16, 9), (12, 12)
+    return {f"{h} x {w} pixels": m.losses.high_pass(torch.rand(2, 3, h, w, generator=g), 0.4) for h, w in sizes}
 
 
 @check(SOBEL, "a step from 0 to 1 gives 1, across and down; a flat picture gives 0, at the border too")
@@ -69,7 +70,7 @@ def step(m, g):
     if flat.shape == (1, 1, 6, 6) and flat.max() > 1e-3:
         place = [i.item() for i in torch.unravel_index(flat.argmax(), flat.shape)][2:]
         raise Wrong(f"in a flat picture of 0.7 you find an edge of {flat.max():.2f}, at row and column {place}")
-    return [across, down, flat]
+    return {"a step from left to right": across, "a step from above to below": down, "a flat picture": flat}
 
 
 @check(SOBEL, "the values, channel by channel")
@@ -88,8 +89,9 @@ def slope(m, g):
 
 @check(POWER, "a wave of 8 cycles has its power at 8, whichever way it runs")
 def ring(m, g):
-    waves = [wave(32, 32, *how).expand(1, 3, 32, 32) * 0.5 for how in ((0, 8), (8, 0), (6, 5))]
-    return [m.evaluate.radial_power(w) for w in waves]
+    ways = {"8 cycles across": (0, 8), "8 cycles down": (8, 0), "6 down and 5 across": (6, 5)}
+    waves = {name: wave(32, 32, *how).expand(1, 3, 32, 32) * 0.5 for name, how in ways.items()}
+    return {name: m.evaluate.radial_power(w) for name, w in waves.items()}
 
 
 @check(POWER, "the values, over several pictures")

@@ -82,7 +82,7 @@ def gradients(m, g):
         raise Wrong("A or B gets no gradient, so it would never be trained")
     got = [layer.lora_A.weight.grad.clone(), layer.lora_B.weight.grad.clone()]
     layer.lora_B.weight.data.zero_()
-    return [*got, layer(x)]
+    return {"gradient of A": got[0], "gradient of B": got[1], "with B = 0": layer(x)}
 
 
 @check(LINEAR, "a base layer in half precision")
@@ -92,10 +92,10 @@ def half(m, g):
 
 @check(CONV, "the base layer's result plus both convolutions, for other strides and paddings too")
 def beside_conv(m, g):
-    results = []
-    for how in ((2, 1), (1, 0), (1, 1)):
-        layer, x = conv(m, g, *how)
-        results.append(layer(x))
+    results = {}
+    for stride, padding in ((2, 1), (1, 0), (1, 1)):
+        layer, x = conv(m, g, stride, padding)
+        results[f"stride {stride}, padding {padding}"] = layer(x)
     return results
 
 
@@ -114,11 +114,11 @@ def product(m, g):
     def r(*shape):
         return torch.randn(*shape, generator=g)
 
-    return [
-        m.lora.delta(r(3, 6), r(5, 3)),
-        m.lora.delta(r(2, 3, 3, 3), r(4, 2, 1, 1)),
-        m.lora.delta(r(4, 5).half(), r(5, 4).half()),
-    ]
+    return {
+        "linear": m.lora.delta(r(3, 6), r(5, 3)),
+        "convolution": m.lora.delta(r(2, 3, 3, 3), r(4, 2, 1, 1)),
+        "factors in half precision": m.lora.delta(r(4, 5).half(), r(5, 4).half()),
+    }
 
 
 @check(DELTA, "added to the weight, the layer gives the same as with the adaptor beside it")

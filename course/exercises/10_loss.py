@@ -65,7 +65,7 @@ def equal(m, g):
 @check(DISTS, "a darker picture differs in texture and structure, a mirrored one in structure alone")
 def apart(m, g):
     d, (x, _) = dists(m, g), pair(g)
-    return [d(x, 0.5 * x), d(x, x.flip(3)), d(x, 1 - x)]
+    return {"half as bright": d(x, 0.5 * x), "mirrored": d(x, x.flip(3)), "negative": d(x, 1 - x)}
 
 
 class Recorder(torch.nn.Module):
@@ -87,7 +87,7 @@ def loss(m, **weights):
 @check(HIPA, "the four terms with their weights")
 def terms(m, g):
     x, y = (p * 2 - 1 for p in pair(g))
-    return [dict(sorted(loss(m, radius=r)(x, y).items())) for r in (0.25, 0.4)]
+    return {f"radius {r}": dict(sorted(loss(m, radius=r)(x, y).items())) for r in (0.25, 0.4)}
 
 
 @check(HIPA, "the distance is given pictures in [0, 1], and views of both")
@@ -100,10 +100,10 @@ def ranges(m, g):
 
 @check(HIPA, "a term of weight 0 is not there, and not computed")
 def left_out(m, g):
-    found, (x, y) = [], pair(g)
+    found, (x, y) = {}, pair(g)
     for off in (("fourier", "energy"), ("spatial", "sobel"), ("spatial", "fourier", "sobel")):
         net = loss(m, **dict.fromkeys(off, 0))
-        found.append(dict(sorted(net(x * 2 - 1, y * 2 - 1).items())))
+        found[f"without {' and '.join(off)}"] = dict(sorted(net(x * 2 - 1, y * 2 - 1).items()))
         count = 3 - len({"spatial", "fourier", "sobel"} & set(off))
         if len(net.distance.seen) != count:
             times = len(net.distance.seen)
@@ -121,7 +121,7 @@ def flat(m, g):
 
 @check(HIPA, "gradients flow into the picture through every term; half precision pictures work")
 def gradient(m, g):
-    grads, (x, y) = [], pair(g)
+    grads, (x, y) = {}, pair(g)
     for name in ("spatial", "fourier", "sobel", "energy"):
         weights = {n: float(n == name) for n in ("spatial", "fourier", "sobel", "energy")}
         leaf = (x * 2 - 1).requires_grad_()
@@ -129,9 +129,9 @@ def gradient(m, g):
         if not (torch.is_tensor(total) and total.requires_grad):
             raise Wrong(f"{name}: no gradient reaches the picture")
         total.backward()
-        grads.append(leaf.grad)
+        grads[name] = leaf.grad
     half = loss(m)((x * 2 - 1).bfloat16(), (y * 2 - 1).bfloat16())
-    return [*grads, {name: term.dtype == torch.float32 for name, term in sorted(half.items())}]
+    return grads | {f"{name}, half precision: float32": t.dtype == torch.float32 for name, t in sorted(half.items())}
 
 
 def show(m):

@@ -104,16 +104,16 @@ def which_gradient(m, g):
 
 @check(LOSS, "in the head start: the latents' error alone")
 def head_start(m, g):
-    found = [loss_at(m, g, True, **args) for args in ({}, {"latent": 0})]
-    for run, _ in found:
+    found = {f"args.latent = {weight:g}": loss_at(m, g, True, latent=weight) for weight in (2.0, 0.0)}
+    for run, _ in found.values():
         if run.decoded:
             raise Wrong(f"in the head start {len(run.decoded)} pictures are decoded; it is there to save that")
-    return [terms for _, terms in found]
+    return {name: terms for name, (_, terms) in found.items()}
 
 
 @check(LOSS, "after it: all terms")
 def afterwards(m, g):
-    return [ordered(loss_at(m, g, False, **args)[1]) for args in ({}, {"latent": 0}, {"latent": 0.5})]
+    return {f"args.latent = {weight:g}": ordered(loss_at(m, g, False, latent=weight)[1]) for weight in (2.0, 0.0, 0.5)}
 
 
 @check(LOSS, "if all weights of the pictures' loss are 0, no picture is decoded")
@@ -135,7 +135,7 @@ def gradient(m, g):
 
 @check(LR, "the values, for long, short and very short trainings")
 def rates(m, g):
-    return [[float(m.train.schedule_of_lr(k, n)) for k in range(n)] for n in (100, 37, 1, 2)]
+    return {f"step {k} of {n}": float(m.train.schedule_of_lr(k, n)) for n in (100, 37, 1, 2) for k in range(n)}
 
 
 @check(LR, "the first step does something, the top is 1, the end is near 0")
@@ -161,11 +161,13 @@ def optimizer(g, scale=1.0, nan=False):
 
 @check(DESCEND, "a step along long and short gradients, at the given rate")
 def down(m, g):
-    found = []
-    for scale in (30.0, 0.01):
+    found = {}
+    for how, scale in (("long", 30.0), ("short", 0.01)):
         ps, opt = optimizer(g, scale)
         norm = m.train.descend(opt, 0.1)
-        found += [float(norm), *(p.detach() for p in ps), *(float(group["lr"]) for group in opt.param_groups)]
+        found[f"{how} gradients: the rates of both groups"] = [float(group["lr"]) for group in opt.param_groups]
+        found[f"{how} gradients: the parameters afterwards"] = torch.stack([p.detach() for p in ps])
+        found[f"{how} gradients: the length"] = norm
     return found
 
 

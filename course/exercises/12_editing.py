@@ -77,7 +77,7 @@ def redraw(m, g, strength, mask=None, **options):
 
 @check(REDRAW, "editing in one step, at several strengths")
 def one_step(m, g):
-    return [redraw(m, g, s) for s in (0.3, 0.7, 1.0)]
+    return {f"strength {s}": redraw(m, g, s) for s in (0.3, 0.7, 1.0)}
 
 
 @check(REDRAW, "editing in several steps, with guidance: the options reach generate")
@@ -99,7 +99,7 @@ def strength(m, g):
 
 @check(REDRAW, "with a mask, latents outside of the hole stay; a cell that the hole touches is drawn")
 def masked(m, g):
-    return [redraw(m, g, 0.9, hole(), steps=steps) for steps in (1, 4)]
+    return {f"steps = {steps}": redraw(m, g, 0.9, hole(), steps=steps) for steps in (1, 4)}
 
 
 @check(INPAINT, "outside of the hole every pixel is the picture's own, bitwise")
@@ -122,7 +122,8 @@ def unseen(m, g):
     a, b = (m.hipa.inpaint(model(m), p, hole(), ["a cat", "a dog"], [1, 2]) for p in (pictures, other))
     if not torch.equal(a, b):
         raise Wrong(f"with other pixels in the hole your result changes by up to {(a - b).abs().max():.2g}")
-    return [a, m.hipa.inpaint(model(m), pictures, hole(), ["a cat", "a dog"], [3, 4], strength=0.5)]
+    gentle = m.hipa.inpaint(model(m), pictures, hole(), ["a cat", "a dog"], [3, 4], strength=0.5)
+    return {"strength 0.9": a, "strength 0.5, other seeds": gentle}
 
 
 def show(m):
