@@ -9,7 +9,15 @@ from cutting import FILES, cut, split
 from running import HERE, ROOT, UserError, files_below
 
 PLAIN = ["requirements.txt", "LICENSE", ".gitignore", "losses.safetensors"]  # go into the students' folder as they are
-TEACHERS = ("README.md", "handout.md", "handing.py", "proof.py", "autograder", "mistakes")  # of course/: do not
+TEACHERS = (
+    "README.md",
+    "handout.md",
+    "handing.py",
+    "proof.py",
+    "figure.py",
+    "autograder",
+    "mistakes",
+)  # of course/: do not
 
 
 def cut_folder(project, target):

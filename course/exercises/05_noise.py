@@ -42,6 +42,8 @@ def ends(m, g):
     a = m.hipa.Schedule().alphas_cumprod
     if a.shape != (1000,):
         raise Wrong(f"alphas_cumprod has shape {tuple(a.shape)}; there are 1000 timesteps")
+    if a.dtype != torch.float32:
+        raise Wrong(f"alphas_cumprod is {a.dtype}; right is torch.float32")
     if not (a.diff() < 0).all():
         k = int((a.diff() >= 0).nonzero()[0, 0])
         raise Wrong(

@@ -62,6 +62,14 @@ def forward(self, x, context):
 """},
      "says": "Your exponentials overflow when scores are large. Softmax does not change if the same number is taken off all "
              "scores of a row: which number would help?"},
+    {"name": "softmax over everything", "caught": "one_token",
+     "code": code(score=f"({SCORE}).flatten(1)", axis="-1).unflatten(1, (self.heads, q.shape[2], -1)"),
+     "says": "ALL your weights of a picture sum to 1 together. For how many places and heads is each sum to be 1 by itself?"},
+    {"name": "scores clamped", "caught": "sharp", "code": code(score=f"({SCORE}).clamp(max=20)"),
+     "says": "You cap large scores, so that two large ones look equal. Softmax does not change if the same number is taken off all "
+             "scores of a row: which number would keep them small?"},
+    {"name": "weights from the left", "caught": "cross", "code": code(q="x @ self.to_q.weight"),
+     "says": "You multiply by the weight itself, and nn.Linear multiplies by its transpose. What does calling the layer do?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "by hand", "code": code()},

@@ -56,6 +56,8 @@ MISTAKES = [
      "says": "Something in your forward works in place on x itself: which of your lines ends in _ or says inplace?"},
     {"name": "time multiplied", "caught": "result", "code": code(time=f"h = h * {TIME}"),
      "says": "You multiply by the time. Other networks do; what does this block do with it?"},
+    {"name": "no second norm", "caught": "result", "code": code(second="self.conv2(F.silu(h))"),
+     "says": "One of the two norms is not used. What comes before each SiLU?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "powers", "code": {E: """

@@ -38,6 +38,8 @@ MISTAKES = [
              "cell need?"},
     {"name": "edges repeated", "caught": "down", "code": {D: [(PAD, 'F.pad(x, (0, 1, 0, 1), mode="replicate")')]},
      "says": "You pad by repeating the edge's pixels. With what was Stable Diffusion's VAE trained?"},
+    {"name": "root taken twice", "caught": "spread", "code": {E: [(STD, "torch.exp(0.25 * logvar)")]},
+     "says": "You take the root twice. The deviation is the root of the variance: what then is the logarithm of the deviation?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "sqrt of exp", "code": {E: [(STD, "logvar.exp().sqrt()")]}},

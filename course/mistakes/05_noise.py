@@ -50,6 +50,11 @@ MISTAKES = [
      "says": "sigma x + alpha v is the NOISE; put both formulas in and see. Which combination is left for x0?"},
     {"name": "v with the other sign", "caught": "velocity", "code": {BACK: [(V, "alpha * x + sigma * prediction")]},
      "says": "Look at the sign of v. Put both formulas into alpha x + sigma v: does the noise cancel?"},
+    {"name": "one timestep too many", "caught": "schedule",
+     "code": {POST: [("self.num_train_timesteps)", "self.num_train_timesteps + 1)"), (PRODUCT, PRODUCT + "[:-1]")]},
+     "says": "Your betas end one step too late: the last of the timesteps has not quite beta_end."},
+    {"name": "double precision", "caught": "ends", "code": {POST: [(PRODUCT, "torch.cumprod(1 - betas.double(), dim=0)")]},
+     "says": "alphas_cumprod is in double precision, and so would be all latents that it is multiplied with."},
 ]  # fmt: skip
 RIGHT = [
     {"name": "loop", "code": {POST: """

@@ -44,6 +44,8 @@ MISTAKES = [
              "latent meets which text?"},
     {"name": "guided twice", "caught": "guided", "code": {P: [(MIX, "without + guidance**2 * (with_text - without)")]},
      "says": "The difference is made larger than `guidance` says."},
+    {"name": "timestep handed on as it is", "caught": "plain", "code": {P: [(TIMES, "timestep")]},
+     "says": "You hand the timestep on as it is. The network takes a tensor with one for each latent: what if `timestep` is an int?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "guided x0", "code": {P: """

@@ -55,6 +55,9 @@ MISTAKES = [
      "says": "`first` has no effect in yours. Editing begins with a picture that has less noise than at t = 999."},
     {"name": "no progress", "caught": "asked", "code": {SOLVER: [("            progress()\n", "            pass\n")]},
      "says": "progress is never called: who waits sees no bar."},
+    {"name": "slope without a length", "caught": "second_order",
+     "code": {STEP: [(D, "x0 + (x0 - x0_before) / (2 * (log_snr(alpha, sigma) - lambda_before))")]},
+     "says": "You add the slope of x0 (its change per lambda), halved. How far in lambda is it to the middle of this step?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "DDIM's form, and the paper's weights", "code": {STEP: """

@@ -63,6 +63,11 @@ MISTAKES = [
      "says": "Your radii are cut off, not rounded: a distance of 2.9 falls into ring 2."},
     {"name": "not clamped", "caught": "power", "code": {P: [("pictures.clamp(-1, 1).mean", "pictures.mean")]},
      "says": "Values beyond [-1, 1] count in yours; no file or screen could hold them."},
+    {"name": "constant too large", "caught": "edges", "code": {S: [("1e-8", "1e-4")]},
+     "says": "Your constant under the root is so large that a flat picture has edges. How large was it to be?"},
+    {"name": "border mirrored", "caught": "edges",
+     "code": {S: [(BORDER, '    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")\n')]},
+     "says": "You mirror the picture at its border, so that the derivative across it is 0 there. What was to be repeated?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "full fft", "code": {H: """

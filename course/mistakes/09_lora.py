@@ -47,6 +47,8 @@ MISTAKES = [
      "says": "You multiply in the factors' own half precision, which rounds. Of which type is the result to be?"},
     {"name": "mean over the rank", "caught": "product", "code": {D: [(SUM, SUM + " / A.shape[0]")]},
      "says": "Yours is the mean over the rank. What is a product of matrices?"},
+    {"name": "kernel mirrored", "caught": "product", "code": {D: [(SUM, SUM + ".flip(-1)")]},
+     "says": "Your kernel is mirrored. torch's convolution does not flip kernels: does W's change need it?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "matmul", "code": {

@@ -70,6 +70,12 @@ MISTAKES = [
      "says": "You look for edges in the high pass. Of what are the edges wanted?"},
     {"name": "half precision kept", "caught": "gradient", "code": {L: [(UNIT, "picture / 2 + 0.5, target / 2 + 0.5")]},
      "says": "Pictures in half precision stay so in yours: differences of a thousandth are lost."},
+    {"name": "no squares below", "caught": "distance",
+     "code": {D: [("(mean_x.square() + mean_y.square() + 1e-6)", "(mean_x + mean_y + 1e-6)")]},
+     "says": "texture has means below the line and a product of means above it. Do their units cancel?"},
+    {"name": "another constant", "caught": "distance",
+     "code": {D: [("2 * cov + 1e-6) / (var_x + var_y + 1e-6", "2 * cov + 1e-3) / (var_x + var_y + 1e-3")]},
+     "says": "Your constant c is too large: it makes channels of little contrast look alike."},
 ]  # fmt: skip
 RIGHT = [
     {"name": "map by map", "code": {D: """

@@ -76,6 +76,9 @@ MISTAKES = [
     {"name": "length after clipping", "caught": "down",
      "code": {D: [("    return norm", "    return min(norm, 1.0)")]},
      "says": "You return the length after clipping. Could one see by it that something is wrong?"},
+    {"name": "clipped by value", "caught": "down",
+     "code": {D: [("    for group in optimizer.param_groups:\n", "    torch.nn.utils.clip_grad_value_(parameters, 1.0)\n    for group in optimizer.param_groups:\n"), ("(parameters, 1.0).item()", "(parameters, 1e9).item()")]},
+     "says": "You clip each NUMBER of the gradients, which bends the direction of the step. Of what is the length to be 1 at most?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "other words", "code": {R: """

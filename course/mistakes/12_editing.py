@@ -11,7 +11,7 @@ MISTAKES = [
     {"name": "thousand timesteps", "caught": "one_step", "code": {R: [(T, "round(strength * model.schedule.num_train_timesteps)")]},
      "says": "At strength 1 you ask for timestep 1000. Which is the last one there is?"},
     {"name": "rounded down", "caught": "strength", "code": {R: [(T, T.replace("round", "int"))]},
-     "says": "Your timesteps are cut off, not rounded: 0.1 * 999 is 99.9."},
+     "says": "Your timesteps come out one too small: you cut them off instead of rounding. Which whole number is nearest to 99.9?"},
     {"name": "drawn from 999", "caught": "one_step", "code": {R: [("generate(model, prompts, x, first,", "generate(model, prompts, x, None,")]},
      "says": "You noise to one timestep and tell generate another: it believes that x is pure noise."},
     {"name": "not noised", "caught": "one_step", "code": {R: [(NOISED, "latent")]},
