@@ -64,7 +64,7 @@ def row(exercise):
 
 
 def state_of(result):
-    if result.failed or result.problems:
+    if result.failed:
         return "cannot be checked"
     if not result.begun:
         return ""
@@ -157,7 +157,8 @@ def report(result):
         if result.hints.get(target):
             lines += ["", *wrapped(result.hints[target], "       ", "       ")]
     if result.failed:
-        lines += ["", *wrapped(result.failed, "  NO   ", "       ")]
+        first, *rest = result.failed.split("\n")
+        lines += ["", *wrapped(first, "  NO   ", "       "), *(f"       {line}" for line in rest)]
     if result.printed.strip():
         lines += ["", "Your code printed:", textwrap.indent(result.printed.rstrip(), "  ")]
     points = f"{result.points:.3g} of {exercise.POINTS} points."

@@ -70,7 +70,7 @@ def judge(course, exercise, request, tell):
     written = answers(exercise, request["texts"], course.texts)
     written = {target: answer for target, answer in written.items() if isinstance(answer, Answer)}
     seed, paths = request["seed"], request["paths"]
-    results = course.run(exercise, written, seed, paths, before=lambda name: tell(begun=name))
+    results = course.run(exercise, written, seed, paths, before=lambda name: tell(begun=exercise.checks[name].why))
     checks, hints = [], {}
     for name, (how, value) in results.items():
         f = exercise.checks[name]

@@ -113,7 +113,7 @@ def check(project, exercise, paths, texts, seed=0):
     result.failed = failed
     begun = [event["begun"] for event in events if "begun" in event]
     if begun:
-        result.failed += f" (in the check {begun[-1]!r})"
+        result.failed += f"\nThis happened while it was checked: {begun[-1]}"
     return result
 
 
