@@ -101,7 +101,7 @@ def stub(text, name, number):
         while not lines[first - 1].split("  #")[0].rstrip().endswith(":"):
             first -= 1
     indent = " " * node.body[0].col_offset
-    todo = f'{indent}raise NotImplementedError("exercise {number}")  # python course check {number}\n'
+    todo = f'{indent}raise NotImplementedError("exercise {number}: python course check {number}")\n'
     return "".join([*lines[:first], todo, *lines[node.end_lineno :]])
 
 

@@ -19,7 +19,7 @@ ROOT = HERE.parent
 SEALED = (
     HERE / "sealed"
 )  # in a folder that `cut` made: the reference and the banks, packed so that nobody reads by chance
-WALL_SECONDS, PICTURE_SECONDS = 60, 240  # for a loop that the child's own limit does not reach, or sleep()
+WALL_SECONDS, PICTURE_SECONDS = 120, 240  # for a loop that the child's own limit does not reach, or sleep()
 # Of emoji/, what exercises, sample.py and train.py read.
 EMOJI = [
     "captions.txt", "evaluate.py", "model_index.json", "prompts.txt", "pytorch_lora_weights.safetensors", "renders.png",

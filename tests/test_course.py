@@ -161,7 +161,9 @@ def add_noise(self, x0, timestep, noise):
 
 
 def test_helpers_imports_and_methods_of_the_students_own_are_used(project, emptied):
-    text = emptied["clip"].replace('raise NotImplementedError("exercise 1")', "return self.mine(letters(word))")
+    text = emptied["clip"].replace(
+        'raise NotImplementedError("exercise 1: python course check 1")', "return self.mine(letters(word))"
+    )
     text = text.replace("    def tokenize(self", '''    def mine(self, parts):
         for pair in sorted(self.ranks, key=self.ranks.get):
             for i in itertools.count():
@@ -188,7 +190,7 @@ def test_a_typo_in_another_function_of_the_file_blocks_nothing(project, emptied)
 def test_a_crash_is_shown_as_the_students_own_line(project, emptied, tmp_path):
     path = tmp_path / "hipa.py"
     path.write_text(emptied["hipa"].replace(
-        'raise NotImplementedError("exercise 6")  # python course check 6', "return promts"))  # fmt: skip
+        'raise NotImplementedError("exercise 6: python course check 6")', "return promts"))  # fmt: skip
     paths = {"hipa": str(path)}
     result = check(project, exercise_of(project, 6), paths, {**emptied, "hipa": path.read_text()})
     shown = next(how for *_, how in result.checks if how)
@@ -223,7 +225,7 @@ ENDLESS = """while True:
     ],
 )
 def test_an_answer_that_does_not_return_costs_its_own_exercise(project, emptied, code, says):
-    text = emptied["clip"].replace('raise NotImplementedError("exercise 1")', code)
+    text = emptied["clip"].replace('raise NotImplementedError("exercise 1: python course check 1")', code)
     result = judge(project, 1, {**emptied, "clip": text})
     told = [result.failed or "", *(how or "" for *_, how in result.checks)]
     assert result.points == 0 and any(says in words for words in told), told
@@ -256,7 +258,9 @@ def test_an_answer_that_deletes_all_it_can_find_costs_its_own_exercise(project, 
 @pytest.mark.slow
 def test_a_wait_that_uses_no_processor_time_ends_too(project, emptied, monkeypatch):
     monkeypatch.setattr(running, "WALL_SECONDS", 8)
-    text = emptied["clip"].replace('raise NotImplementedError("exercise 1")', "import time; time.sleep(1000)")
+    text = emptied["clip"].replace(
+        'raise NotImplementedError("exercise 1: python course check 1")', "import time; time.sleep(1000)"
+    )
     result = judge(project, 1, {**emptied, "clip": text})
     assert result.points == 0 and "stopped after 8 seconds" in result.failed
 
