@@ -5,7 +5,9 @@ redraw(model, pictures, eps, prompts, strength, mask=None, **options), in hipa.p
 pictures. model.encode(pictures) gives latents; model.schedule.add_noise noises them with `eps` to the timestep
 round(strength * 999), where 999 is model.schedule.num_train_timesteps - 1. Then generate(model, prompts, x, first,
 **options) draws from there: it takes the noisy latents and that timestep. Move `eps` to model.device, and the
-result to pictures.device. With a mask (B, 1, H, W), 1 where something is to be drawn, give generate another option:
+result to pictures.device.
+
+With a mask (B, 1, H, W), 1 where something is to be drawn, give generate another option:
 `constrain`, a function that corrects each predicted x0. In the hole it leaves x0 as it is, elsewhere it puts the
 pictures' own latents back. A cell of the latent stands for model.vae.config.downscale pixels in both directions,
 and belongs to the hole if ANY of these is masked.
