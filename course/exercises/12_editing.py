@@ -7,10 +7,10 @@ round(strength * 999), where 999 is model.schedule.num_train_timesteps - 1. Then
 **options) draws from there: it takes the noisy latents and that timestep. Move `eps` to model.device, and the
 result to pictures.device.
 
-With a mask (B, 1, H, W), 1 where something is to be drawn, give generate another option:
-`constrain`, a function that corrects each predicted x0. In the hole it leaves x0 as it is, elsewhere it puts the
-pictures' own latents back. A cell of the latent stands for model.vae.config.downscale pixels in both directions,
-and belongs to the hole if ANY of these is masked.
+With a mask (B, 1, H, W), 1 where something is to be drawn, give generate another option: `constrain`, a function
+that corrects each predicted x0. In the hole it leaves x0 as it is, elsewhere it puts the pictures' own latents
+back. A cell of the latent stands for model.vae.config.downscale pixels in both directions, and belongs to the hole
+if ANY of these is masked.
 
 inpaint(model, pictures, mask, prompts, seeds, strength, **options), in hipa.py: noise_for(model, pictures, seeds)
 gives eps. What the hole held must have no effect: fill(pictures, mask) replaces it by its surroundings before
