@@ -83,12 +83,16 @@ def listing(project):
 
 def read_kept():
     try:
-        return json.loads(KEPT.read_text("utf-8"))
-    except (OSError, ValueError):
+        kept = json.loads(KEPT.read_text("utf-8"))
+        return {
+            number: dict(mark=e["mark"], points=float(e["points"]), state=str(e["state"])) for number, e in kept.items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}  # then everything is checked again
 
 
 def keep(kept, result, mark):
+    mark = None if result.failed else mark  # what could not be judged is judged again
     kept[str(result.exercise.number)] = {"mark": mark, "points": result.points, "state": state_of(result)}
 
 

@@ -137,7 +137,7 @@ def picture(project, exercise, paths, texts):
     events, failed = ask(project, exercise, paths, texts, 0, picture=True)
     failed = events[-1].get("failed", None) if events and "printed" in events[-1] else failed
     if failed:
-        raise UserError(failed)
+        raise UserError(failed.replace("\n", "; "))
     return events[-1]
 
 

@@ -157,6 +157,25 @@ def test_the_board_of_a_new_folder_and_the_first_exercise(project, tmp_path):
         assert code == 2 and err.startswith("error:") and err.count("\n") == 1, wrong
 
 
+def test_the_board_remembers_and_forgives_a_damaged_memory(project, tmp_path):
+    """A check's result is shown without checking again; another answer is checked again."""
+    folder = tmp_path / "mine"
+    cut_folder(project, folder)
+    (folder / "lora.py").write_text(project.texts["lora"], "utf-8")
+    assert course(folder, "check", "9")[0] == 0
+    kept = folder / "outputs" / "course.json"
+    marked = json.loads(kept.read_text("utf-8"))
+    marked["9"]["state"] = "remembered"
+    kept.write_text(json.dumps(marked), "utf-8")
+    assert "remembered" in course(folder)[1]
+    kept.write_text("[1, 2]", "utf-8")
+    wrong = project.texts["lora"].replace(
+        "return y + F.linear(F.linear(x, A), B)", "return F.linear(F.linear(x, A), B)"
+    )
+    (folder / "lora.py").write_text(wrong, "utf-8")
+    assert "1 of 3 functions wrong" in course(folder)[1]
+
+
 def test_a_wrong_answer_is_told_its_value_its_place_and_its_mistake(project, emptied):
     texts = {**emptied, "hipa": written(emptied["hipa"], "Schedule.add_noise", """
 def add_noise(self, x0, timestep, noise):
