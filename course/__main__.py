@@ -27,6 +27,7 @@ sys.path.insert(0, str(HERE))
 from cutting import FILES, answers, fingerprint, line_of, split  # noqa: E402
 from running import ROOT, Project, UserError, check, check_all, picture, student_files  # noqa: E402
 
+PRINTED = 20  # lines of a student's own output that are shown
 OUTPUTS = ROOT / "outputs"
 KEPT = OUTPUTS / "course.json"  # what the board remembers of the last check of each exercise
 
@@ -150,6 +151,10 @@ def report(result):
     """What a student reads about a checked exercise."""
     exercise = result.exercise
     lines = [heading(exercise)]
+    if result.printed.strip():  # above the checks, so that what matters comes last
+        printed = result.printed.rstrip().split("\n")
+        more = [f"  ... {len(printed) - PRINTED} lines more"] if len(printed) > PRINTED else []
+        lines += ["", "Your code printed:", *(f"  {line}" for line in printed[:PRINTED]), *more]
     for target, state in result.state.items():
         module, name = split(target)
         lines += ["", f"{name} ({FILES[module]})"]
@@ -163,8 +168,6 @@ def report(result):
     if result.failed:
         first, *rest = result.failed.split("\n")
         lines += ["", *wrapped(first, "  NO   ", "       "), *(f"       {line}" for line in rest)]
-    if result.printed.strip():
-        lines += ["", "Your code printed:", textwrap.indent(result.printed.rstrip(), "  ")]
     points = f"{result.points:.3g} of {exercise.POINTS} points."
     if result.points == exercise.POINTS:
         points += f" See what you have made: python course check {exercise.number} --picture"
