@@ -60,8 +60,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # clipping the gradient matters little. Other data: as coco.
 PRESETS = {
     "emoji": {
-        "model": "emoji", "pairs": 1024, "guidance": 2.0, "teacher_steps": 10, "teacher_batch": 16,
-        "steps": 900, "batch": 8, "lr": 4e-3, "latent": 2.0, "layers": "all",
+        "model": "emoji", "pairs": 2048, "guidance": 2.0, "teacher_steps": 10, "teacher_batch": 16,
+        "steps": 2400, "batch": 8, "lr": 4e-3, "latent": 2.0, "layers": "all",
     },
     "coco": {
         "model": "sd21", "pairs": 100_000, "guidance": 3.0, "teacher_steps": 25, "teacher_batch": 16,

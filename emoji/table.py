@@ -31,7 +31,7 @@ from sample import LORA_NAME, apply_lora, integer, number, run, slug  # noqa: E4
 
 TRAININGS = 3  # of each row of MAIN
 MINUTES = 6  # of one thread for 900 of HiPA's updates
-ALIKE = ["--data", "emoji"]  # in every training
+ALIKE = ["--data", "emoji", "--pairs", "1024"]  # in every training
 ONLY_LATENT = [*"--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0".split()]
 MAIN = {  # name: (options of train.py, updates that take as long as 900 of HiPA's, steps to draw in)
     "**HiPA**": ([], 900, [1]),
