@@ -325,7 +325,8 @@ def test_results_are_written_also_where_nothing_can_be_graded(tmp_path):
 
 @pytest.mark.slow
 def test_nothing_scores_0_and_everything_scores_all(project, tmp_path):
-    """And the solved folder's sample.py draws what the project's draws."""
+    """And the solved folder's sample.py draws what the project's draws, but for rounding: its functions are others."""
+    import numpy as np
     from PIL import Image
 
     cut_folder(project, tmp_path / "mine")
@@ -339,8 +340,8 @@ def test_nothing_scores_0_and_everything_scores_all(project, tmp_path):
     for folder in (ROOT, tmp_path / "mine"):
         command = [sys.executable, "sample.py", "a cat", "--out", str(tmp_path / folder.name)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT, check=True)
-        pictures.append(Image.open(folder / done.stdout.strip()).convert("RGB").tobytes())
-    assert pictures[0] == pictures[1]
+        pictures.append(np.asarray(Image.open(folder / done.stdout.strip()).convert("RGB")).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 @pytest.mark.slow

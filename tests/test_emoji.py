@@ -170,6 +170,13 @@ def test_the_table(monkeypatch, capsys, tmp_path):
     """Two tiny trainings of each row; what is trained is not trained again."""
     monkeypatch.setattr(table, "ALIKE", [*table.ALIKE, *"--pairs 4 --teacher-steps 2 --batch 4".split()])
     monkeypatch.setattr(table, "TRAININGS", 2)
+    original = evaluate.draw
+
+    def quick(model, evaluation, steps, *rest, **how):  # 25 take minutes
+        return original(model, evaluation, min(steps, 2), *rest, **how)
+
+    monkeypatch.setattr(evaluate, "draw", quick)
+    monkeypatch.setattr(table, "draw", quick)
     names = ["**HiPA**", "as the paper trains", "LCM-LoRA"]
     monkeypatch.setattr(table, "MAIN", {name: (*table.MAIN[name][:2], [1]) for name in names})
     monkeypatch.setattr(table, "MORE", {"rank 4": table.MORE["rank 4"]})
