@@ -42,8 +42,9 @@ def test_training(tmp_path):
     """Four updates, two of the head start, which has one term only, and two of the whole loss: the same log, and the
     same adaptors as a whole. A single number may differ more: Adam's steps are as long where a gradient is small.
     """
+    # At the usual rate, 4e-3, the last bits of the first updates grow within three more to 5 % of the gradient's norm.
     argv = ["train.py", "--data", "emoji", "--pairs", 16, "--steps", 4, "--teacher-steps", 2, "--device", "cpu"]
-    argv += ["--targets", tmp_path / "targets"]
+    argv += ["--targets", tmp_path / "targets", "--lr", "4e-4"]
     plain, compiled = (
         command(*argv, "--out", tmp_path / name, option)
         for name, option in (("plain", "--no-compile"), ("compiled", "--compile"))
@@ -52,10 +53,6 @@ def test_training(tmp_path):
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     for name in log(plain).keys() - {"seconds"}:
         found, expected = ([value or 0 for value in log(out)[name]] for out in (compiled, plain))
-        # Adam makes steps of one length of gradients that differ in their last bits. After three such steps the terms
-        # were seen to differ by 1.3e-4, and the gradient's norm, which jumps where DISTS takes roots near 0, by 5e-2.
-        rows = 3 if name == "gradient" else 4
-        assert found[:1] == pytest.approx(expected[:1], rel=1e-4), name
-        assert found[:rows] == pytest.approx(expected[:rows], rel=1e-3), name
+        assert found == pytest.approx(expected, rel=1e-4), name
     ours, theirs = (torch.cat([t.flatten() for t in load_file(out / LORA).values()]) for out in (compiled, plain))
-    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
