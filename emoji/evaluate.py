@@ -279,16 +279,20 @@ class Evaluation:
 
         Pictures: as `draw` orders them, of that seed.
         """
+        others, _ = self.many_steps(seed, len(pictures) // len(self.glyphs))
+        return self.difference(pictures, others)
+
+    def many_steps(self, seed, per_class):
+        """`draw` in 25 steps, once for each seed."""
         if seed not in self.of_many_steps:
-            per_class = len(pictures) // len(self.glyphs)
-            drawn, _ = draw(self.model, self, 25, self.model.guidance, seed, per_class)
-            self.of_many_steps[seed] = drawn
-        return self.difference(pictures, self.of_many_steps[seed])
+            self.of_many_steps[seed] = draw(self.model, self, 25, self.model.guidance, seed, per_class)
+        return self.of_many_steps[seed]
 
     def difference(self, pictures, others):
         """Mean DISTS between pictures (N, 3, 64, 64) in [-1, 1] and `others`, one by one, on the evaluation net."""
         pairs = zip(pictures.split(128), others.split(128))
-        return torch.cat([self.distance(*(x.clamp(-1, 1) / 2 + 0.5 for x in pair)) for pair in pairs]).mean().item()
+        distances = torch.cat([self.distance(*(x.clamp(-1, 1) / 2 + 0.5 for x in pair)) for pair in pairs])
+        return distances.mean().clamp(min=0).item()  # of equal pictures it can be -1e-8
 
 
 def draw(model, evaluation, steps, guidance, seed, per_class, batch=24, sample=hipa.sample):
@@ -339,9 +343,9 @@ def main():
     lora, weight = args.lora or own_lora(folder, args.steps)
     if lora:
         apply_lora(model, lora, weight)
-    evaluation = Evaluation(model, args.per_class)
+    evaluation = Evaluation(model, OTHER_VIEWS if args.calibrate else args.per_class)
     if args.calibrate:
-        return calibrate(Evaluation(model, OTHER_VIEWS))
+        return calibrate(evaluation)
     print(HEADER)
     print(row("real", [evaluation.measure(*evaluation.real)]))
     quality = psnr(evaluation.copies, evaluation.real[0])
@@ -373,7 +377,7 @@ def calibrate(evaluation):
     print(HEADER.replace("defective |", "defective | to itself |") + "---|")
     for name, pictures in damaged.items():
         figures = [*evaluation.measure(pictures, labels), evaluation.difference(pictures, real)]
-        print(row(name, [figures], (*FORMATS, "{:.3f}")).replace("-0.000", "0.000"), flush=True)
+        print(row(name, [figures], (*FORMATS, "{:.3f}")), flush=True)
 
 
 def read_folder(folder, glyphs):

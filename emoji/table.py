@@ -94,17 +94,20 @@ def cost(folder, finished=False):
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
-def of_pictures(model, evaluation, seeds, steps, guidance, **how):
-    """The mean over seeds of all measures of what the model draws. `how`: for `draw`."""
-    figures = []
-    for seed in range(seeds):
-        pictures, labels = draw(model, evaluation, steps, guidance, seed, 2, **how)
-        figures.append([*evaluation.measure(pictures, labels), evaluation.to_many_steps(pictures, seed)])
+PER_CLASS = 2  # pictures of each thing, for each seed
+
+
+def of_pictures(evaluation, drawn):
+    """The mean over seeds of all measures. `drawn`: (pictures, labels) of each seed, as `draw` gives them."""
+    figures = [
+        [*evaluation.measure(pictures, labels), evaluation.to_many_steps(pictures, seed)]
+        for seed, (pictures, labels) in enumerate(drawn)
+    ]
     return np.mean(figures, axis=0)
 
 
 def print_row(name, figures, rest="| |"):
-    print(row(name, figures, (*FORMATS, "{:.3f}")).replace("-0.000", "0.000"), rest, flush=True)
+    print(row(name, figures, (*FORMATS, "{:.3f}")), rest, flush=True)
 
 
 @torch.no_grad()
@@ -116,7 +119,8 @@ def measure(name, folders, evaluation, seeds, steps):
         adaptors = load_lora(folder / LORA_NAME, model.unet)
         apply_lora(model, folder / LORA_NAME)
         how = {"sample": sample_consistency} if name == "LCM-LoRA" else {}
-        figures.append(of_pictures(model, evaluation, seeds, steps, 1.0, **how))
+        drawn = (draw(model, evaluation, steps, 1.0, seed, PER_CLASS, **how) for seed in range(seeds))
+        figures.append(of_pictures(evaluation, drawn))
     count = sum(A.numel() + B.numel() for A, B in adaptors.values())
     updates, minutes = int(folders[0].name.rpartition("-")[2]), np.mean([cost(folder) for folder in folders])
     title = f"{name}, {steps} step{'s' * (steps > 1)}, {updates:,} updates"
@@ -148,12 +152,13 @@ def main():
                 task.result()
 
     frozen = hipa.load("emoji")
-    evaluation = Evaluation(frozen, 2)
+    evaluation, seeds = Evaluation(frozen, PER_CLASS), range(args.seeds)
     print(HEADER.replace("defective |", "defective | to 25 steps | parameters | minutes |") + "---|" * 3)
     with torch.no_grad():
-        for steps in (25, 1):
-            figures = of_pictures(frozen, evaluation, args.seeds, steps, frozen.guidance_at(steps))
-            print_row("25 steps" if steps == 25 else "plain 1 step", [figures])
+        many = (evaluation.many_steps(seed, PER_CLASS) for seed in seeds)
+        print_row("25 steps", [of_pictures(evaluation, many)])
+        plain = (draw(frozen, evaluation, 1, 1.0, seed, PER_CLASS) for seed in seeds)
+        print_row("plain 1 step", [of_pictures(evaluation, plain)])
     for name, folders in rows.items():
         for steps in variants[name][2]:
             measure(name, folders, evaluation, args.seeds, steps)
