@@ -14,6 +14,7 @@ B batch, H and W the picture's height and width, h and w the latent's. Pictures 
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import http.client
 import json
@@ -311,12 +312,15 @@ def inpaint(model, pictures, mask, prompts, seeds, strength=STRENGTH["inpainting
 
 
 @torch.no_grad()
-def upscale(model, pictures, scale, prompts, seeds, strength=STRENGTH["super-resolution"], **options):
+def upscale(
+    model, pictures, scale, prompts, seeds, strength=STRENGTH["super-resolution"], at_once=4, progress=None, **options
+):
     """Pictures (B, 3, H, W) of any size -> (B, 3, scale H, scale W): enlarged, then drawn as by `edit`, for details.
 
-    It is drawn in tiles of the model's own size, which overlap by a quarter and fade into each other, so that memory
-    does not grow with the picture. A result smaller than a tile is drawn as large as a tile, then reduced. At last it
-    is corrected so that, reduced, it is the given picture again (back-projection, Irani & Peleg 1991).
+    It is drawn in tiles of the model's own size, which overlap by a quarter and fade into each other: `at_once` of them
+    (at least B), so that memory does not grow with the picture. A result smaller than a tile is drawn as large as a
+    tile, then reduced. At last it is corrected so that, reduced, it is the given picture again (back-projection, Irani
+    & Peleg 1991). `progress(n)` is called after each step, n: at how many places of the picture it was made.
     """
     cell, side = model.vae.config.downscale, model.side
     size = [round(scale * length) for length in pictures.shape[2:]]
@@ -325,12 +329,15 @@ def upscale(model, pictures, scale, prompts, seeds, strength=STRENGTH["super-res
     eps, drawn, weights = noise_for(model, large, seeds), torch.zeros_like(large), torch.zeros_like(large[:1, :1])
     rise = torch.arange(1.0, side + 1, device=large.device)  # from the rims inwards
     slope = rise.minimum(rise.flip(0)).clamp(max=side // 4)
-    for top in tiles(model, height):
-        for left in tiles(model, width):
-            y, x = slice(top, top + side), slice(left, left + side)
-            y_eps, x_eps = slice(top // cell, (top + side) // cell), slice(left // cell, (left + side) // cell)
-            tile = redraw(model, large[..., y, x], eps[..., y_eps, x_eps], prompts, strength, **options)
-            weight = slope[: tile.shape[2], None] * slope[: tile.shape[3]]
+    weight = slope[: large.shape[2], None] * slope[: large.shape[3]]
+    places = [(slice(y, y + side), slice(x, x + side)) for y in tiles(model, height) for x in tiles(model, width)]
+    together = max(1, at_once // len(pictures))
+    for part in (places[i : i + together] for i in range(0, len(places), together)):
+        source = torch.cat([large[..., y, x] for y, x in part])
+        noises = [eps[..., y.start // cell : y.stop // cell, x.start // cell : x.stop // cell] for y, x in part]
+        step = progress and functools.partial(progress, len(part))
+        drawing = redraw(model, source, torch.cat(noises), [*prompts] * len(part), strength, progress=step, **options)
+        for (y, x), tile in zip(part, drawing.chunk(len(part))):
             drawn[..., y, x] += weight * tile
             weights[..., y, x] += weight
     drawn = resize((drawn / weights)[..., :height, :width], size).clamp(-1, 1)

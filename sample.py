@@ -236,11 +236,11 @@ def load_picture(path):
     return picture
 
 
-def draw(model, prompts, seeds, size, image=None, mask=None, scale=None, **options):
+def draw(model, prompts, seeds, size, image=None, mask=None, scale=None, at_once=4, **options):
     """A batch of pictures (PIL): of prompts alone, or with an `image` edited, inpainted (`mask`) or enlarged (`scale`).
 
-    `size` is that of the drawing; with an image the result has the image's, times `scale`. Options: as of hipa.sample,
-    and with an image the strength.
+    `size` is that of the drawing; with an image the result has the image's, times `scale`; `at_once` tiles of it
+    are drawn together. Options: as of hipa.sample, and with an image the strength.
     """
 
     def batch(picture):
@@ -252,7 +252,7 @@ def draw(model, prompts, seeds, size, image=None, mask=None, scale=None, **optio
     if not image:
         return to_pil(hipa.sample(model, prompts, seeds, size=size, **options))
     if scale:
-        return to_pil(hipa.upscale(model, batch(image), scale, prompts, seeds, **options))
+        return to_pil(hipa.upscale(model, batch(image), scale, prompts, seeds, at_once=at_once, **options))
     source = batch(resize(image, size))
     if not mask:
         return [resize(picture, image.size) for picture in to_pil(hipa.edit(model, source, prompts, seeds, **options))]
@@ -350,7 +350,7 @@ def main(args):
     if image:
         job = "super-resolution" if args.scale else "inpainting" if mask else "editing"
         args.strength = args.strength or hipa.STRENGTH[job]
-        options |= {"image": image, "mask": mask, "scale": args.scale, "strength": args.strength}
+        options |= {"image": image, "mask": mask, "scale": args.scale, "strength": args.strength, "at_once": args.batch}
         wide = image.width * (args.scale or 1)
         if args.scale:
             total *= math.prod(len(hipa.tiles(model, args.scale * length)) for length in image.size)

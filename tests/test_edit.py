@@ -187,7 +187,7 @@ def test_tiles(small, length):
     assert len(starts) == 1 + max(0, -(-(-(-length // 4) * 4 - 32) // 24))
 
 
-def local(model, pictures, eps, *_):
+def local(model, pictures, eps, *_, **__):
     """In the place of `hipa.redraw`: a network that sees no further than a pixel, and its noise"""
     return 0.8 * pictures + 0.1 * F.interpolate(eps[:, :3], scale_factor=4)
 
@@ -220,17 +220,26 @@ def test_one_tile_is_an_edit(small):
 def test_upscale_agrees_with_the_small_picture(small):
     """Reduced again it is nearly what was given, whatever a network with random weights has drawn."""
     source, calls = pictures(1, 3, 20, 31), []
-    large = hipa.upscale(small, source, 4, ["a cat"], [0], 0.9, progress=lambda: calls.append(1))
+    large = hipa.upscale(small, source, 4, ["a cat"], [0], 0.9, progress=calls.append)
     assert large.shape == (1, 3, 80, 124)
     error, of_nothing = (resize(large, (20, 31)) - source).abs().mean(), source.abs().mean()
     assert error < 0.15 * of_nothing
-    assert len(calls) == len(hipa.tiles(small, 80)) * len(hipa.tiles(small, 124)) == 3 * 5
+    assert sum(calls) == len(hipa.tiles(small, 80)) * len(hipa.tiles(small, 124)) == 3 * 5
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 100])
+def test_tiles_in_batches(small, at_once):
+    """However many tiles are drawn together, each has its own noise and its own picture's prompt."""
+    source, prompts = pictures(2, 3, 20, 31), ["a cat", "a dog"]
+    expected = hipa.upscale(small, source, 4, prompts, [0, 1], 0.6, at_once=1, steps=2)
+    ours = hipa.upscale(small, source, 4, prompts, [0, 1], 0.6, at_once=at_once, steps=2)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
 def test_the_networks_see_tiles_only(small):
     """Their memory does not grow with the picture."""
-    seen = seen_by_unet(small, lambda: hipa.upscale(small, pictures(1, 3, 20, 31), 4, ["a cat"], [0]))
-    assert len(seen) == 15 and {x.shape for x, _ in seen} == {(1, 4, 8, 8)}
+    seen = seen_by_unet(small, lambda: hipa.upscale(small, pictures(1, 3, 20, 31), 4, ["a cat"], [0], at_once=4))
+    assert [len(x) for x, _ in seen] == [4, 4, 4, 3] and {x.shape[1:] for x, _ in seen} == {(4, 8, 8)}
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
