@@ -190,7 +190,7 @@ class Painter:
             asked.strength = asked.strength or hipa.STRENGTH[job]
             options |= {"image": image, "mask": mask, "scale": asked.scale, "strength": asked.strength}
         if asked.steps > 1 or asked.scale:  # slow: stops in the midst of it. One step is finished, or no picture ever
-            options["progress"] = lambda: self.outdated(asked)  # would be while the slider moves.
+            options["progress"] = lambda places=1: self.outdated(asked)  # would be while the slider moves.
         self.fade(asked.adaptors)
         start = time.perf_counter()
         (picture,) = sample.draw(self.model, [asked.prompt], [asked.seed], size, **options)
