@@ -193,7 +193,8 @@ def test_helpers_imports_and_methods_of_the_students_own_are_used(project, empti
         'raise NotImplementedError("exercise 1: python course check 1")', "return self.mine(letters(word))"
     )
     text = text.replace("    def tokenize(self", '''    def mine(self, parts):
-        for pair in sorted(self.ranks, key=self.ranks.get):
+        while found := self.ranks.keys() & itertools.pairwise(parts):
+            pair = min(found, key=self.ranks.get)
             for i in itertools.count():
                 if i >= len(parts) - 1:
                     break

@@ -47,9 +47,9 @@ def best_first(m, g):
     return tokens(m, ["abc", "b c</w>", "a b"], ["abcd", "c d</w>", "b c", "a b"], ["abcd", "b c", "c d</w>"])
 
 
-@check(B, "merged pieces are merged again")
+@check(B, "merged pieces are merged again, also by a pair of lower rank")
 def again(m, g):
-    return tokens(m, ["cat", "a t</w>", "c at</w>"], ["ababab", "a b", "ab ab"])
+    return tokens(m, ["cat", "a t</w>", "c at</w>"], ["ababab", "a b", "ab ab"], ["cat", "c at</w>", "a t</w>"])
 
 
 @check(B, "a pair is merged wherever it stands, from left to right, and no piece is used twice")

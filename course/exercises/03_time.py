@@ -3,7 +3,8 @@ which: the timestep t, from 0 (clean) to 999 (noise), goes into every block.
 
 sinusoidal_embedding(timestep, dim), in unet.py: timesteps (B,) -> (B, dim). A single number is hard to read for a
 network, so it becomes many clocks, some fast and some slow: with dim / 2 frequencies, frequency k is
-10000^(-k / (dim / 2)), for k = 0, 1, ..., the row is first the cosines of t * frequency, then the sines. In float32.
+10000^(-k / (dim / 2)), for k = 0, 1, ..., the row is first the cosines of t * frequency, then the sines. In float32, on
+the timesteps' device.
 
 ResnetBlock.forward(x, time_emb), in unet.py: x (B, C_in, H, W), time_emb (B, T) -> (B, C_out, H, W).
 
@@ -48,6 +49,24 @@ def shift(m, g):
         raise Wrong(
             f"the dot product of 10 and 30 is {first:.3f}, that of 500 and 520 is {second:.3f}: they should be equal"
         )
+    return True
+
+
+@check(EMBED, "all is made on the timesteps' device, which may be a GPU")
+def device(m, g):
+    """With tensors of the device "meta", which do not mix with the CPU's, as a GPU's do not, but have no values."""
+    try:  # first the cheap way: the default device is "meta", and the timesteps are on the CPU
+        with torch.device("meta"):
+            if m.unet.sinusoidal_embedding(torch.tensor([3, 500], device="cpu"), 8).device.type == "cpu":
+                return True
+    except RuntimeError:
+        pass  # it may have made something elsewhere, to move it to the timesteps; so also the other way round
+    try:
+        right = m.unet.sinusoidal_embedding(torch.tensor([3, 500], device="meta"), 8).device.type == "meta"
+    except (RuntimeError, TypeError) as error:
+        right = "expected device" not in str(error)  # else it reads the timesteps' values, and may be right
+    if not right:
+        raise Wrong("the timesteps are on another device than the CPU, and something of your embedding is on the CPU")
     return True
 
 

@@ -8,7 +8,8 @@ so alphas_cumprod is the running product of (1 - beta). Stable Diffusion's betas
 self.beta_end, and are equally spaced in their SQUARE ROOTS.
 
 Schedule.add_noise(x0, timestep, noise), in hipa.py: x_t. self.alpha_sigma(timestep) gives both weights, for an int
-or for timesteps (B,), one for each picture.
+or for timesteps (B,), one for each picture. x0 and noise themselves must stay as they are, for the caller reads
+them again.
 
 Schedule.predict_x0(x, timestep, prediction), in hipa.py: the way back. If self.prediction_type is "epsilon", the
 network says what the noise is. If it is "v_prediction", it says v = alpha noise - sigma x0. Solve for x0, on paper
@@ -50,6 +51,18 @@ def ends(m, g):
             f"it does not fall from t = {k} ({a[k]:.4g}) to t = {k + 1} ({a[k + 1]:.4g}); noise only ever grows"
         )
     return {"t = 0": a[0].item(), "t = 999": a[999].item()}
+
+
+@check(ADD, "x0 and the noise are left as they were")
+def untouched(m, g):
+    x0, noise = latent(g), latent(g)
+    before, before_noise = x0.clone(), noise.clone()
+    m.hipa.Schedule().add_noise(x0, 400, noise)
+    for what, now, then in (("x0", x0, before), ("the noise", noise, before_noise)):
+        if not torch.equal(now, then):
+            error = (now - then).abs().max()
+            raise Wrong(f"your add_noise changes {what}, by up to {error:.2g}; the caller reads it again")
+    return True
 
 
 @check(ADD, "x_t, with one timestep for all pictures")

@@ -9,11 +9,13 @@ With lambda = log(alpha / sigma), which log_snr gives, and h = lambda_later - la
 First order: D = x0, the network's prediction now. Second order: D is x0 in the MIDDLE of the step, extrapolated
 along the straight line through the last two predictions, which lie lambda_now - lambda_before apart.
 
-dpm_step(x, x0, now, later, before=None), in hipa.py: one step. `now` and `later` are pairs (alpha, sigma). `before`
-is None, or (x0, lambda) of the step before.
+dpm_step(x, x0, now, later, before=None), in hipa.py: one step. `now` and `later` are pairs (alpha, sigma), tensors
+of one number or, where each picture has levels of its own, (B, 1, 1, 1). `before` is None, or (x0, lambda) of the
+step before.
 
 dpm_solver(predict_x0, x, schedule, steps, first=None, progress=None), in hipa.py: all steps.
-schedule.timesteps(steps, first) are the timesteps, from the noisiest on; schedule.alpha_sigma(t) gives the levels.
+schedule.timesteps(steps, first) are the timesteps, from the noisiest on, first + 1 of them at most;
+schedule.alpha_sigma(t) gives the levels.
 At each one ask predict_x0(x, t) once, and call progress(), if there is one. From each, dpm_step leads to the next
 one. After the last there is no step: the result is the x0 predicted there.
 """
@@ -74,6 +76,13 @@ def second_order(m, g):
     return m.hipa.dpm_step(x, x0, levels[1], levels[2], (x0_before, m.hipa.log_snr(*levels[0])))
 
 
+@check(STEP, "levels of their own for each picture")
+def own_levels(m, g):
+    schedule, x, x0, x0_before = m.hipa.Schedule(), latent(g), latent(g), latent(g)
+    levels = [schedule.alpha_sigma(torch.tensor(t)) for t in ((900, 500), (600, 300), (450, 20))]
+    return m.hipa.dpm_step(x, x0, levels[1], levels[2], (x0_before, m.hipa.log_snr(*levels[0])))
+
+
 @check(STEP, "twice as many steps make the error four times smaller")
 def order(m, g):
     def level(lambda_):
@@ -109,6 +118,12 @@ def many(m, g):
     schedule, x = m.hipa.Schedule(), latent(g)
     cases = {"2 steps": (2, None), "3 steps": (3, None), "10 steps": (10, None), "5 steps from t = 600": (5, 600)}
     return {name: m.hipa.dpm_solver(network(schedule), x, schedule, *how) for name, how in cases.items()}
+
+
+@check(SOLVER, "10 steps from t = 3, where there are only 4 timesteps")
+def few(m, g):
+    schedule, x = m.hipa.Schedule(), latent(g)
+    return m.hipa.dpm_solver(network(schedule), x, schedule, 10, 3)
 
 
 @check(SOLVER, "the network is asked once a step, at the right timesteps, and progress is called once a step")

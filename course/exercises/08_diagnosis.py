@@ -62,6 +62,14 @@ def high(m, g):
     return {f"{h} x {w} pixels": m.losses.high_pass(torch.rand(2, 3, h, w, generator=g), 0.4) for h, w in sizes}
 
 
+@check(HIGH, "pictures in half precision give float32")
+def half(m, g):
+    out = m.losses.high_pass(torch.rand(1, 3, 8, 8, generator=g).half(), 0.4)
+    if out.dtype != torch.float32:
+        raise Wrong(f"your result is {out.dtype}; right is torch.float32")
+    return out
+
+
 @check(SOBEL, "a step from 0 to 1 gives 1, across and down; a flat picture gives 0, at the border too")
 def step(m, g):
     x = torch.zeros(1, 1, 8, 8)

@@ -68,6 +68,18 @@ def apart(m, g):
     return {"half as bright": d(x, 0.5 * x), "mirrored": d(x, x.flip(3)), "negative": d(x, 1 - x)}
 
 
+@check(DISTS, "features in half precision: the rest is float32")
+def half(m, g):
+    d, (x, y), distances = dists(m, g), pair(g), []
+    features = d.vgg.forward
+    for dtype in (torch.bfloat16, torch.float32):  # the same numbers, for half precision has rounded them before
+        d.vgg.forward = lambda *how, to=dtype, **more: [f.bfloat16().to(to) for f in features(*how, **more)]
+        distances.append(d(x, y))
+    if (distances[0] - distances[1]).abs().max() > 1e-5:  # no number in the sentence: it depends on where one rounds
+        raise Wrong("features in half precision give another distance than the same numbers in float32")
+    return distances[1]
+
+
 class Recorder(torch.nn.Module):
     """A distance that is easy to see through, the mean difference plus 0.1. It keeps what it was given."""
 

@@ -18,7 +18,8 @@ along half a cosine, which begins at 1 at step `warm`.
 
 descend(optimizer, lr), in train.py: one step of the optimizer. Clip the gradients of all groups together to a
 length of 1 (torch.nn.utils.clip_grad_norm_), set the rate in every one of optimizer.param_groups, step, clear the
-gradients. Return the length before clipping, a float. If it is not finite, leave the parameters as they are.
+gradients. Return the length before clipping, a float. If it is not finite, leave the parameters as they are; the
+gradients are cleared all the same.
 """
 
 import math
@@ -44,8 +45,9 @@ class Student(torch.nn.Module):
         self.schedule = m.hipa.Schedule(prediction_type="v_prediction")
         self.dtype, self.device, self.decoded = torch.float32, torch.device("cpu"), []
         self.args = SimpleNamespace(**{"latent": 2.0, **args})
-        self.student = self.model = self
-        self.loss = self.Loss()
+        self.model, self.loss, self.asked = self, self.Loss(), 0
+        parts = "schedule", "dtype", "device", "encode_text", "decode"
+        self.student = SimpleNamespace(unet=self.wrapped, **{name: getattr(self, name) for name in parts})
 
     class Loss:
         weights = {"spatial": 1.0, "sobel": 0.0}
@@ -58,6 +60,11 @@ class Student(torch.nn.Module):
 
     def unet(self, x, timesteps, context):
         return self.p * x - 0.3 * (timesteps / 999)[:, None, None, None]
+
+    def wrapped(self, *args):
+        """The network as of `self.student`. With several processes, what stands around it averages their gradients."""
+        self.asked += 1
+        return self.unet(*args)
 
     def decode(self, z):
         self.decoded.append(torch.is_grad_enabled())
@@ -124,9 +131,11 @@ def savings(m, g):
     return terms
 
 
-@check(LOSS, "gradients reach the student")
+@check(LOSS, "self.student is asked, and gradients reach it")
 def gradient(m, g):
     run, terms = loss_at(m, g, False)
+    if not run.asked:
+        raise Wrong("the network of self.student was never asked")
     if not sum(terms.values()).requires_grad:
         raise Wrong("the loss has no gradient: nothing can be learned by it")
     sum(terms.values()).backward()
@@ -165,6 +174,8 @@ def down(m, g):
     for how, scale in (("long", 30.0), ("short", 0.01)):
         ps, opt = optimizer(g, scale)
         norm = m.train.descend(opt, 0.1)
+        if not isinstance(norm, float):
+            raise Wrong(f"the length that you return is of type {type(norm).__name__}; a float is expected")
         found[f"{how} gradients: the rates of both groups"] = [float(group["lr"]) for group in opt.param_groups]
         found[f"{how} gradients: the parameters afterwards"] = torch.stack([p.detach() for p in ps])
         found[f"{how} gradients: the length"] = norm
@@ -173,10 +184,11 @@ def down(m, g):
 
 @check(DESCEND, "the gradients are cleared for the next step")
 def cleared(m, g):
-    ps, opt = optimizer(g)
-    m.train.descend(opt, 0.1)
-    if any(p.grad is not None and p.grad.abs().sum() > 0 for p in ps):
-        raise Wrong("after the step the gradients are still there: the next ones would be added to them")
+    for nan, when in ((False, "after the step"), (True, "where one gradient was NaN")):
+        ps, opt = optimizer(g, nan=nan)
+        m.train.descend(opt, 0.1)
+        if any(p.grad is not None and p.grad.count_nonzero() for p in ps):
+            raise Wrong(f"{when} the gradients are still there: the next ones would be added to them")
     return True
 
 

@@ -15,7 +15,8 @@ if ANY of these is masked.
 inpaint(model, pictures, mask, prompts, seeds, strength, **options), in hipa.py: noise_for(model, pictures, seeds)
 gives eps. What the hole held must have no effect: fill(pictures, mask) replaces it by its surroundings before
 redraw. Outside of the hole the result is the pictures' own pixels, bitwise. Inside it is what was drawn, plus
-fill(pictures - drawn, mask), which spreads the difference at the rim smoothly into the hole.
+fill(pictures - drawn, mask), which spreads the difference at the rim smoothly into the hole. `pictures` and `mask`
+themselves must stay as they are, for the caller may draw from them again.
 """
 
 from types import SimpleNamespace
@@ -102,6 +103,19 @@ def strength(m, g):
 @check(REDRAW, "with a mask, latents outside of the hole stay; a cell that the hole touches is drawn")
 def masked(m, g):
     return {f"steps = {steps}": redraw(m, g, 0.9, hole(), steps=steps) for steps in (1, 4)}
+
+
+@check(INPAINT, "the pictures and the mask are left as they were")
+def untouched(m, g):
+    (pictures, _), mask = inputs(g), hole()
+    before = pictures.clone()
+    m.hipa.inpaint(model(m), pictures, mask, ["a cat", "a dog"], [1, 2])
+    if not torch.equal(pictures, before):
+        error = (pictures - before).abs().max()
+        raise Wrong(f"your inpaint changes the pictures that it was given, by up to {error:.2g}")
+    if not torch.equal(mask, hole()):
+        raise Wrong("your inpaint changes the mask that it was given")
+    return True
 
 
 @check(INPAINT, "outside of the hole every pixel is the picture's own, bitwise")

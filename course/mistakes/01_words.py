@@ -53,13 +53,26 @@ def _bpe(self, word):
                 break
     return parts
 '''}, "says": "You merge each pair in one place only. What if it stands in the word twice?"},
-]  # fmt: skip
-RIGHT = [
-    # A merged piece's own pairs always rank later in merges that were learned, so one pass is enough.
-    {"name": "once through the ranks", "code": {B: '''
+    {"name": "once through the ranks", "caught": "again", "code": {B: '''
 def _bpe(self, word):
     parts = [*word[:-1], word[-1] + "</w>"]
     for pair in sorted(self.ranks, key=self.ranks.get):
+        i = 0
+        while i < len(parts) - 1:
+            if tuple(parts[i : i + 2]) == pair:
+                parts[i : i + 2] = ["".join(pair)]
+            i += 1
+    return parts
+'''}, "says": "You go through the list once. A merge can make a pair whose turn is over in yours: when is the lowest rank "
+             "to be looked for?"},
+    {"name": "rank 0 is falsy", "caught": "best_first", "code": {B: [(MIN, MIN.replace('.get(p, float("inf"))', '.get(p) or float("inf")'))]},
+     "says": "The pair of rank 0, the best of all, counts as missing in yours. What does `or` take 0 for?"},
+]  # fmt: skip
+RIGHT = [
+    {"name": "through the ranks, from the first one after each merge", "code": {B: '''
+def _bpe(self, word):
+    parts, pairs = [*word[:-1], word[-1] + "</w>"], sorted(self.ranks, key=self.ranks.get)
+    while pair := next((pair for pair in pairs if pair in zip(parts, parts[1:])), None):
         i = 0
         while i < len(parts) - 1:
             if tuple(parts[i : i + 2]) == pair:

@@ -70,6 +70,16 @@ def forward(self, x, context):
              "scores of a row: which number would keep them small?"},
     {"name": "weights from the left", "caught": "cross", "code": code(q="x @ self.to_q.weight"),
      "says": "You multiply by the weight itself, and nn.Linear multiplies by its transpose. What does calling the layer do?"},
+    {"name": "heads cut and joined without an exchange", "caught": "one_token",
+     "code": code(split="t.reshape(t.shape[0], self.heads, t.shape[1], -1)", end="self.to_out[0](out.reshape(x.shape))"),
+     "says": "view and reshape alone keep the numbers' order in memory: your heads are stretches of places. Which axis has to be "
+             "split, which two are then exchanged, and what undoes that at the end?"},
+    {"name": "root before the division", "caught": "cross",
+     "code": code(score="q @ k.transpose(-1, -2) / ((q.shape[-1] * self.heads) ** 0.5 / self.heads)"),
+     "says": "You divide by sqrt(C) / heads. How many channels has ONE head, and of what is the root to be taken?"},
+    {"name": "as many tokens as places", "caught": "cross",
+     "code": code(split="t.view(*x.shape[:2], self.heads, x.shape[2] // self.heads).transpose(1, 2)"),
+     "says": "You split keys and values as if there were as many tokens as places. How many rows has `context`?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "by hand", "code": code()},

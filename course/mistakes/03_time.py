@@ -36,6 +36,12 @@ MISTAKES = [
      "says": "The slowest of your clocks is too fast. Is the base the number of timesteps?"},
     {"name": "with 2 pi", "caught": "values", "code": {E: [("timestep.float()[:, None] * frequency", "2 * math.pi * timestep.float()[:, None] * frequency")]},
      "says": "Your angles are 2 pi times as large. Is t * frequency in turns, or already an angle?"},
+    {"name": "exponent doubled", "caught": "values", "code": {E: [("/ half)", "* 2 / half)")]},
+     "says": "Your exponents are twice as large: the last frequency is nearly 10000^-2. Two forms of the formula are mixed: "
+             "where k is divided by dim / 2, by what would 2k be divided?"},
+    {"name": "always on the CPU", "caught": "device", "code": {E: [("device=timestep.device, ", "")]},
+     "says": "Your frequencies are made on the CPU, wherever the timesteps are. What do torch.arange and its like take besides "
+             "the numbers?"},
     {"name": "no residual", "caught": "result", "code": code(end="h"),
      "says": "There is no way around the block in yours. What would a block with all weights 0 give, and what should it?"},
     {"name": "x for the shortcut", "caught": "result", "code": code(end="h + x if h.shape == x.shape else h"),
@@ -62,7 +68,7 @@ MISTAKES = [
 RIGHT = [
     {"name": "powers", "code": {E: """
 def sinusoidal_embedding(timestep, dim):
-    k = torch.arange(dim // 2)
+    k = torch.arange(dim // 2).to(timestep.device)
     a = torch.outer(timestep.float(), 10000.0 ** (-2 * k / dim))
     return torch.hstack([torch.cos(a), torch.sin(a)])
 """}},

@@ -26,6 +26,9 @@ MISTAKES = [
      "says": "Your noise does not come from the generator that was given. Could anybody draw the same latent twice?"},
     {"name": "uniform noise", "caught": "sample", "code": {E: [("torch.randn(", "torch.rand(")]},
      "says": "Your noise is uniform in [0, 1): torch.rand. Which distribution do mean and variance describe here?"},
+    {"name": "one noise for the batch", "caught": "sample",
+     "code": {E: [(DRAW, DRAW.replace("latent.shape,", "latent.shape[1:],"))]},
+     "says": "All pictures of a batch get the same noise in yours. How many numbers does a batch of latents have?"},
     {"name": "padded on all sides", "caught": "sees", "code": {D: [(PAD, "F.pad(x, (1, 1, 1, 1))")]},
      "says": "You pad on all four sides. The shape is right, which makes this the trap of the file; but every cell sees pixels "
              "one further up and left. After two levels, by how many pixels is the picture shifted?"},
@@ -33,6 +36,8 @@ MISTAKES = [
      "says": "You pad above and on the left. In which order does F.pad count the sides?"},
     {"name": "padded below and left", "caught": "down", "code": {D: [(PAD, "F.pad(x, (1, 0, 0, 1))")]},
      "says": "You pad on the left instead of the right. In which order does F.pad count the sides?"},
+    {"name": "padded above and right", "caught": "down", "code": {D: [(PAD, "F.pad(x, (0, 1, 1, 0))")]},
+     "says": "You pad above instead of below. In which order does F.pad count the sides?"},
     {"name": "not padded", "caught": "down", "code": {D: [(PAD, "x")]},
      "says": "Without padding a 3x3 kernel with stride 2 fits into 8 pixels three times. How many more pixels does the fourth "
              "cell need?"},

@@ -46,6 +46,16 @@ MISTAKES = [
      "says": "The difference is made larger than `guidance` says."},
     {"name": "timestep handed on as it is", "caught": "plain", "code": {P: [(TIMES, "timestep")]},
      "says": "You hand the timestep on as it is. The network takes a tensor with one for each latent: what if `timestep` is an int?"},
+    {"name": "guided below 1", "caught": "plain", "code": {P: [("guided = guidance > 1", "guided = guidance != 1")]},
+     "says": "Guidance 0.5 asks twice in yours. Is 1 the only guidance at which one question is enough?"},
+    {"name": "timesteps taking turns", "caught": "own_timesteps",
+     "code": {P: [("torch.cat([timesteps, timesteps])", "timesteps.repeat_interleave(2)")]},
+     "says": "Your timesteps take turns (t1, t1, t2, t2, ...), your latents come all once, then all again. Which latent meets "
+             "which timestep?"},
+    {"name": "guidance in half precision", "caught": "half",
+     "code": {P: [(", context).float()", ", context)"), (MIX, f"({MIX}).float()")]},
+     "says": "You convert to float32 after the guidance: the difference of two answers that are nearly equal is taken in half "
+             "precision, and then made larger. What should come first?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "guided x0", "code": {P: """

@@ -58,6 +58,10 @@ MISTAKES = [
     {"name": "slope without a length", "caught": "second_order",
      "code": {STEP: [(D, "x0 + (x0 - x0_before) / (2 * (log_snr(alpha, sigma) - lambda_before))")]},
      "says": "You add the slope of x0 (its change per lambda), halved. How far in lambda is it to the middle of this step?"},
+    {"name": "one number for all pictures", "caught": "own_levels", "code": {STEP: [("torch.expm1(-h)", "math.expm1(-h)")]},
+     "says": "A function of Python's math takes a single number. Which shape has your h where each picture has levels of its own?"},
+    {"name": "counted to steps", "caught": "few", "code": {SOLVER: [("if k + 1 == len(timesteps):", "if k + 1 == steps:")]},
+     "says": "You count to `steps`, and there may be fewer timesteps than that. By what else is the last one known?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "DDIM's form, and the paper's weights", "code": {STEP: """

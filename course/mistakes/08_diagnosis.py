@@ -31,6 +31,9 @@ MISTAKES = [
     {"name": "frequencies without a sign", "caught": "waves",
      "code": {H: [(DOWN, "torch.arange(height, device=x.device)[:, None] * 2 / height")]},
      "says": "In the second half of the rows the FFT holds the NEGATIVE frequencies. How far from zero is the last row?"},
+    {"name": "half precision kept", "caught": "half", "code": {H: [("x.float()", "x")]},
+     "says": "You transform x in the precision that it comes in, and the FFT of half precision is not even possible on a CPU. Of "
+             "which type is the result to be?"},
     {"name": "not divided by 4", "caught": "step", "code": {S: [(" / 4", "")]},
      "says": "A step from 0 to 1 gives 4 in yours. What do the kernel's weights 1, 2, 1 sum to?"},
     {"name": "zeros at the border", "caught": "step", "code": {S: [(BORDER, "    padded = F.pad(x, (1, 1, 1, 1))\n")]},
@@ -56,6 +59,12 @@ MISTAKES = [
      "says": "Your window falls off to the left and right only. What of above and below?"},
     {"name": "mean kept", "caught": "power", "code": {P: [("(grey - grey.mean(dim=(1, 2), keepdim=True))", "grey")]},
      "says": "The mean is still in the picture, and the window spreads it over the first rings."},
+    {"name": "mean of the batch", "caught": "power", "code": {P: [("grey.mean(dim=(1, 2), keepdim=True)", "grey.mean()")]},
+     "says": "You subtract the mean of ALL pictures. What is left of a picture that is brighter than the others?"},
+    {"name": "mean before the square", "caught": "power",
+     "code": {P: [(".abs().square().mean(dim=0)", ".mean(dim=0).abs().square()")]},
+     "says": "You take the mean over the pictures before the square, and waves of opposite sign cancel there. Of what is the mean "
+             "wanted?"},
     {"name": "zero frequency in the middle", "caught": "power",
      "code": {P: [("torch.fft.fft2(grey)", "torch.fft.fftshift(torch.fft.fft2(grey), dim=(1, 2))")]},
      "says": "fftshift moves zero frequency to the middle, and your radii count from the corner."},

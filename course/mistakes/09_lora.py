@@ -31,6 +31,13 @@ MISTAKES = [
      "says": "Your A does not pad x, and the layer does. Do the two results have the same size?"},
     {"name": "padding twice", "caught": "beside_conv", "code": {C: [("self.padding), B)", "self.padding), B, None, 1, self.padding)")]},
      "says": "You pad before B as well. How many pixels does a 1x1 kernel need around it?"},
+    {"name": "stride and padding twice", "caught": "beside_conv",
+     "code": {C: [("self.padding), B)", "self.padding), B, None, self.stride, self.padding)")]},
+     "says": "Your B has the layer's stride and padding, too. After A the picture has its size already: what may a 1x1 kernel do "
+             "to it?"},
+    {"name": "padding guessed", "caught": "beside_conv",
+     "code": {C: [("None, self.stride, self.padding", "None, self.stride, A.shape[-1] // 2")]},
+     "says": "You pad by half the kernel, whatever the layer does. Who knows how much it pads?"},
     {"name": "conv base lost", "caught": "beside_conv", "code": {C: [(ADDC, ADDC[4:])]},
      "says": "The convolution's own result is missing."},
     {"name": "conv always on", "caught": "switch_conv", "code": {C: [("if not self.enabled:", "if False:")]},

@@ -32,6 +32,12 @@ MISTAKES = [
      "says": "A flat picture has variance 0, and 0 / 0 is NaN. What is c for, and where does it belong?"},
     {"name": "constant below only", "caught": "equal", "code": {D: [("(2 * mean_x * mean_y + 1e-6)", "(2 * mean_x * mean_y)")]},
      "says": "Two black pictures have nothing in common in yours. What must texture be if all means are 0?"},
+    {"name": "constant below the structure only", "caught": "equal", "code": {D: [("(2 * cov + 1e-6)", "(2 * cov)")]},
+     "says": "Two equal flat pictures have no structure in common in yours. What must structure be if all variances are 0?"},
+    {"name": "statistics in half precision", "caught": "half",
+     "code": {D: [("a.float().flatten(2), b.float().flatten(2)", "a.flatten(2), b.flatten(2)")]},
+     "says": "Where the features are in half precision, so are your means and variances: small differences of large numbers. "
+             "When is float32 to begin?"},
     {"name": "divided by n - 1", "caught": "apart",
      "code": {D: [("(a * b).mean(2)", "(a * b).sum(2) / (a.shape[2] - 1)")]},
      "says": "Your covariance is divided by n - 1, your variances by n."},

@@ -42,6 +42,9 @@ MISTAKES = [
      "says": "What the hole held is encoded with the rest, and below strength 1 something of it survives. When must it go?"},
     {"name": "hole grey", "caught": "outside", "code": {P: [("fill(pictures, mask), eps", "pictures * (1 - mask), eps")]},
      "says": "You set the hole to 0, a grey that shows at strength 0.9. By what does `fill` replace it?"},
+    {"name": "hole emptied in place", "caught": "untouched",
+     "code": {P: [("    eps = noise_for", "    pictures *= 1 - mask\n    eps = noise_for")]},
+     "says": "You empty the hole in the caller's own pictures, in place. Which of your lines writes into them?"},
     {"name": "seam", "caught": "outside", "code": {P: [("drawn + fill(pictures - drawn, mask)", "drawn")]},
      "says": "There is a seam at the rim: what is drawn does not quite meet what stays. How far is it off there, and how could "
              "that be carried on into the hole?"},
