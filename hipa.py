@@ -80,7 +80,7 @@ class Schedule:
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def predict_x0(self, x, timestep, prediction):
-        """The clean latent that the network's prediction for the noisy x implies. float32."""
+        """The clean latent that the network's prediction for the noisy x implies."""
         alpha, sigma = self.alpha_sigma(timestep)
         if self.prediction_type == "v_prediction":  # v = alpha epsilon - sigma x0 (Salimans & Ho 2022)
             return alpha * x - sigma * prediction

@@ -4,6 +4,7 @@ In the students' folder:
     python course                        # the board: what is done, what is next
     python course check 5                # checks exercise 5; before it is begun: what is to be done
     python course check 5 --picture      # what your code of exercise 5 draws
+    python course project A FOLDER       # the score of a project
 
 In the project, for teachers:
     python course cut FOLDER             # the students' folder, or hand-out.zip
@@ -17,6 +18,7 @@ import argparse
 import base64
 import json
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -25,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from cutting import FILES, answers, fingerprint, line_of, split  # noqa: E402
-from running import ROOT, Project, UserError, check, check_all, picture, student_files  # noqa: E402
+from running import ROOT, SEALED, Project, UserError, check, check_all, picture, student_files  # noqa: E402
 
 PRINTED = 20  # lines of a student's own output that are shown
 OUTPUTS = ROOT / "outputs"
@@ -39,7 +41,7 @@ def board(project):
         listing(project)
         return
     paths, texts = student_files(ROOT)
-    kept, total, following = read_kept(), 0, None
+    kept, total, begun, fresh = read_kept(), 0, [], []
     marks = {e.number: fingerprint(e, texts, project.texts) for e in project.exercises}
     new = [e for e in project.exercises if kept.get(str(e.number), {}).get("mark") != marks[e.number]]
     results = check_all(project, new, paths, texts)
@@ -50,12 +52,12 @@ def board(project):
         print(f"{row(exercise)}  {points:4.3g} of {exercise.POINTS:2}   {state}".rstrip(), flush=True)
         total += points
         if points < exercise.POINTS:
-            following = following or exercise.number
+            (begun if state else fresh).append(exercise.number)
     write_kept(kept)
     most = sum(exercise.POINTS for exercise in project.exercises)
     print(f"\n{total:.3g} of {most} points. ", end="")
-    if following:
-        print(f"Next: python course check {following}")
+    if begun or fresh:
+        print(f"Next: python course check {[*begun, *fresh][0]}")
     else:
         print('All done. Draw with your own code: python sample.py "a cat"')
 
@@ -112,6 +114,8 @@ def check_one(project, number, with_picture):
     written = answers(exercise, texts, project.texts)
     if not any(written.values()):
         print(introduction(exercise, texts))
+        if with_picture:
+            print(f"There is no picture yet: none of exercise {number} is written.")
         return 1
     if with_picture:
         show(exercise, picture(project, exercise, paths, texts))
@@ -138,11 +142,10 @@ def heading(exercise):
 
 
 def introduction(exercise, texts):
-    """The exercise's text, and where the functions to write stand."""
-    lines = [heading(exercise), exercise.text, "", "To be written:"]
-    for target in exercise.TARGETS:
-        module, name = split(target)
-        line = line_of(target, texts)
+    """The exercise's text, and where the functions to write stand, in the order of the files."""
+    lines, files = [heading(exercise), exercise.text, "", "To be written:"], [split(t)[0] for t in exercise.TARGETS]
+    places = [(files.index(split(t)[0]), line_of(t, texts) or 0, *split(t)) for t in exercise.TARGETS]
+    for _, line, module, name in sorted(places):
         lines.append(f"  {name} in {FILES[module]}{f', line {line}' if line else ''}")
     return "\n".join([*lines, "", f"Then: python course check {exercise.number}"])
 
@@ -273,31 +276,38 @@ def prove_all(number, seeds):
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
-def parse_args(argv):
+def parse_args(argv, is_cut):
+    """In a students' folder, where `is_cut`, only what works there is offered."""
+    text = __doc__.split("\nIn the project")[0] if is_cut else __doc__
     parser = argparse.ArgumentParser(
-        "python course", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python course", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name, words):
         sub = commands.add_parser(name, help=words, description=words)
-        sub.error = lambda message: sub.exit(2, f"error: {message} (--help shows all options)\n")
+        sub.error = lambda message: sub.exit(2, f"error: {clearer(message)} (--help shows all options)\n")
         return sub.add_argument
+
+    def clearer(message):
+        about_n = re.search(r"(required:|argument) N\b", message)
+        return "N is 1 to 12; the board is `python course`" if about_n else message
 
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help shows all options)\n")
     add = command("check", "checks an exercise; before it is begun: what is to be done")
     add("number", type=int, metavar="N", help="its number, 1 to 12")
     add("--picture", action="store_true", help="draws what your code makes, right or wrong, instead")
-    add = command("cut", "makes the students' folder")
-    add("folder", type=Path, help="a new folder, or a new .zip file")
-    add("--autograder", action="store_true", help="makes Gradescope's autograder.zip instead")
-    add = command("grade", "checks all exercises of a student's folder")
-    add("folder", type=Path)
-    add("--seed", type=int, default=0, help="of the numbers in the checks (%(default)s, as the students')")
-    add("--out", type=Path, metavar="FILE", help="Gradescope's results.json")
-    add = command("prove", "proves that the checks can be trusted")
-    add("number", type=int, nargs="?", metavar="N", help="one exercise (all)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="S", help="(0 1 2 3)")
+    if not is_cut:
+        add = command("cut", "makes the students' folder")
+        add("folder", type=Path, help="a new folder, or a new .zip file")
+        add("--autograder", action="store_true", help="makes Gradescope's autograder.zip instead")
+        add = command("grade", "checks all exercises of a student's folder")
+        add("folder", type=Path)
+        add("--seed", type=int, default=0, help="of the numbers in the checks (%(default)s, as the students')")
+        add("--out", type=Path, metavar="FILE", help="Gradescope's results.json")
+        add = command("prove", "proves that the checks can be trusted")
+        add("number", type=int, nargs="?", metavar="N", help="one exercise (all)")
+        add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], metavar="S", help="(0 1 2 3)")
     add = command("project", "the score of a project under its rules")
     add("name", choices=["A", "B", "C"])
     add("folder", type=Path, help="what the student hands in")
@@ -306,11 +316,8 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = parse_args(argv, is_cut=SEALED.exists())
     project = Project()
-    teachers = args.command in ("cut", "grade", "prove")
-    if teachers and project.is_cut:
-        raise UserError(f"{args.command} is for the project itself; this is a students' folder")
     if args.command is None:
         board(project)
     elif args.command == "check":

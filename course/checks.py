@@ -192,7 +192,8 @@ class Course:
     def diagnose(self, exercise, results, target, seed=0):
         """The known mistake that gives what the student's function gives in every check that failed; else None.
 
-        With two mistakes in a function no single one explains all: then one that explains a check is taken.
+        With two mistakes in a function no single one explains all: then one that explains the first failed check is
+        taken, the one whose value the student is shown.
         """
         failed = {n: r[1] for n, r in results.items() if r[0] and exercise.checks[n].target == target}
         if all(
@@ -210,7 +211,8 @@ class Course:
             alike = {n for n in failed if n in theirs and difference(failed[n], theirs[n]) is None}
             if theirs.keys() == failed.keys() == alike:
                 return mistake
-            if in_part is None and any(not isinstance(failed[n], Raised) for n in alike):
+            explains = next(iter(failed)) in alike and any(not isinstance(failed[n], Raised) for n in alike)
+            if in_part is None and explains:
                 in_part = mistake
         return in_part
 

@@ -101,7 +101,7 @@ def picture(course, exercise, request):
     """What the student sees at the end: drawn with the student's own functions. -> {"png": base64, "words", "ansi"}"""
     import contextlib
 
-    from checks import PICTURE_SECONDS, TimeLimit
+    from checks import PICTURE_SECONDS, TimeLimit, Wrong
     from cutting import Answer, answers
 
     written = answers(exercise, request["texts"], course.texts)
@@ -111,7 +111,8 @@ def picture(course, exercise, request):
             image, words = exercise.show(course.graft(written, request["paths"]))
     except BaseException as error:
         where = place_of(error, set(request["paths"].values()))
-        return {"failed": f"no picture: {type(error).__name__}: {error}{where}"}
+        says = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}{where}"
+        return {"failed": f"no picture: {says}"}
     file, ansi = io.BytesIO(), io.StringIO()
     image.save(file, "PNG", optimize=True)
     small = image.convert("RGB")

@@ -152,9 +152,14 @@ def test_the_board_of_a_new_folder_and_the_first_exercise(project, tmp_path):
     assert code == 0 and err == "" and "0 of 108 points. Next: python course check 1" in out
     code, out, _ = course(folder, "check", "1")
     assert code == 1 and "Tokenizer._bpe in clip.py, line" in out and "</w>" in out
-    for wrong in (["check", "13"], ["check", "x"], ["cut", tmp_path / "other"], ["nonsense"]):
+    for wrong in (["check"], ["check", "13"], ["check", "x"], ["cut", tmp_path / "other"], ["nonsense"]):
         code, out, err = course(folder, *wrong)
-        assert code == 2 and err.startswith("error:") and err.count("\n") == 1, wrong
+        assert code == 2 and err.startswith("error:") and err.count("\n") == 1 and "grade" not in err, wrong
+    assert "grade" not in course(folder, "--help")[1] and "grade" in course(ROOT, "--help")[1]
+    code, out, _ = course(folder, "check", "5", "--picture")
+    assert code == 1 and "There is no picture yet" in out
+    lines = [int(line.split()[-1]) for line in out.splitlines() if " in hipa.py, line " in line]
+    assert len(lines) == 3 and lines == sorted(lines)
 
 
 def test_the_board_remembers_and_forgives_a_damaged_memory(project, tmp_path):
@@ -173,7 +178,8 @@ def test_the_board_remembers_and_forgives_a_damaged_memory(project, tmp_path):
         "return y + F.linear(F.linear(x, A), B)", "return F.linear(F.linear(x, A), B)"
     )
     (folder / "lora.py").write_text(wrong, "utf-8")
-    assert "1 of 3 functions wrong" in course(folder)[1]
+    out = course(folder)[1]
+    assert "1 of 3 functions wrong" in out and "Next: python course check 9" in out  # what is begun goes before 1
 
 
 def test_a_wrong_answer_is_told_its_value_its_place_and_its_mistake(project, emptied):
@@ -186,6 +192,15 @@ def add_noise(self, x0, timestep, noise):
     assert result.state[ADD] == "wrong" and result.points == 0
     assert "variance grows to 2" in result.hints[ADD]
     assert any("right is" in (how or "") and "at [" in how for _, _, _, how in result.checks if how)
+
+
+def test_of_two_mistakes_the_hint_is_of_the_one_that_is_shown(project):
+    """An unknown mistake in the first check that fails, a known one in the second; then the other way round."""
+    wrong_v = ("alpha * x - sigma * prediction", "alpha * x + sigma * prediction")
+    for mistake, hint in (("x - sigma * prediction * 3 + 1", None), ("(x + sigma * prediction) / alpha", "once more")):
+        text = project.texts["hipa"].replace(*wrong_v).replace("(x - sigma * prediction) / alpha", mistake)
+        told = judge(project, 5, {**project.texts, "hipa": text}).hints["hipa.Schedule.predict_x0"]
+        assert told is None if hint is None else hint in told
 
 
 def test_helpers_imports_and_methods_of_the_students_own_are_used(project, emptied):

@@ -6,18 +6,18 @@ With lambda = log(alpha / sigma), which log_snr gives, and h = lambda_later - la
 
     x_later = (sigma_later / sigma_now) x - alpha_later (exp(-h) - 1) D          torch.expm1(-h) is exp(-h) - 1
 
-First order: D = x0, the network's prediction now. Second order: D is x0 in the MIDDLE of the step, extrapolated
-along the straight line through the last two predictions, which lie lambda_now - lambda_before apart.
+First order: D = x0, the network's prediction now. Second order: D is x0 at lambda_now + h / 2, on the straight line
+(in lambda) through the last two predictions, prolonged. They lie lambda_now - lambda_before apart.
 
 dpm_step(x, x0, now, later, before=None), in hipa.py: one step. `now` and `later` are pairs (alpha, sigma), tensors
-of one number or, where each picture has levels of its own, (B, 1, 1, 1). `before` is None, or (x0, lambda) of the
-step before.
+of one number or, where each picture has levels of its own, (B, 1, 1, 1). `before` is None, or a pair: the x0 of the
+step before, and the lambda at which it was predicted. No input may be changed.
 
 dpm_solver(predict_x0, x, schedule, steps, first=None, progress=None), in hipa.py: all steps.
-schedule.timesteps(steps, first) are the timesteps, from the noisiest on, first + 1 of them at most;
-schedule.alpha_sigma(t) gives the levels.
-At each one ask predict_x0(x, t) once, and call progress(), if there is one. From each, dpm_step leads to the next
-one. After the last there is no step: the result is the x0 predicted there.
+schedule.timesteps(steps, first) are the timesteps, from the noisiest on, first + 1 of them at most: where `first` is
+small there are fewer than `steps`. schedule.alpha_sigma(t) gives the levels. At each one ask predict_x0(x, t) once,
+and call progress(), if there is one. From each, dpm_step leads to the next one. The last step goes to zero noise,
+where the formula becomes x = x0: there the result is the x0 just predicted, without dpm_step.
 """
 
 import math
@@ -45,6 +45,20 @@ def network(schedule):
         return torch.tanh(0.6 * x + 0.3 * (alpha / sigma).log() / 4 + 0.2)
 
     return predict_x0
+
+
+@check(STEP, "the inputs x, x0 and before stay as they are")
+def untouched(m, g):
+    schedule, inputs = m.hipa.Schedule(), {"x": latent(g), "x0": latent(g), "the x0 in before": latent(g)}
+    kept = {name: value.clone() for name, value in inputs.items()}
+    first, now, later = map(schedule.alpha_sigma, (900, 600, 450))
+    x, x0, x0_before = inputs.values()
+    for before in (None, (x0_before, m.hipa.log_snr(*first))):
+        m.hipa.dpm_step(x, x0, now, later, before)
+        for name, value in inputs.items():
+            if not torch.equal(value, kept[name]):
+                raise Wrong(f"your dpm_step has changed its input: {name}")
+    return True
 
 
 @check(STEP, "first order: from noise and one prediction")
@@ -148,6 +162,9 @@ def show(m):
     with torch.no_grad():
         predict = m.hipa.predictor(model, ["a cat"])
         latents = [m.hipa.dpm_solver(predict, x, schedule, n) for n in (*counts, 40)]
+        broken = [n for n, z in zip((*counts, 40), latents) if not z.isfinite().all()]
+        if broken:
+            raise Wrong(f"your solver gave NaN or infinite values with {broken} steps. At which step is the first?")
         pictures = m.vae.to_pil(model.decode(torch.cat(latents)))
     errors = [(z - latents[-1]).square().mean().sqrt().item() for z in latents[:-1]]
     chart = plot({"your solver": (counts, errors)}, "steps", "distance to 40 steps", logarithmic=True)

@@ -4,11 +4,12 @@ to train and to store, and switched off, the network is the old one: teacher and
 
 LoRALinear.forward(x), in lora.py: the layer's own result, super().forward(x), plus B A x, unless self.enabled is
 False. A is self.lora_A.weight (rank, in), B is self.lora_B.weight (out, rank). Both are float32 and x may be half
-precision: the result has the type of x, so convert A and B.
+precision: the result has the type of x, so use converted copies, weight.to(x.dtype). The parameters themselves stay
+float32: half precision would round the small changes of training away.
 
-LoRAConv2d.forward(x), in lora.py: the same for a convolution. A is a convolution of the layer's own kernel, stride
-(self.stride) and padding (self.padding) with `rank` output channels; B, a 1x1 convolution, follows. Neither has a
-bias.
+LoRAConv2d.forward(x), in lora.py: the convolution's own result, super().forward(x), plus B A x, unless self.enabled
+is False; the result has the type of x. A is a convolution of the layer's own kernel, stride (self.stride) and padding
+(self.padding) with `rank` output channels; B, a 1x1 convolution, follows. Neither has a bias.
 
 delta(A, B), in lora.py: the change of W that the two amount to, B A in the shape of W, in float32. Of a linear
 layer: A (rank, in), B (out, rank). Of a convolution: A (rank, in, k, k), B (out, rank, 1, 1).
@@ -40,7 +41,7 @@ def linear(m, g):
 def conv(m, g, stride=2, padding=1):
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, stride, padding))
     m.lora.add_lora(net, 2, "all")
-    return fill(net, g)[0], torch.randn(2, 3, 7, 8, generator=g)
+    return fill(net, g)[0], torch.randn(2, 3, 7, 11, generator=g)
 
 
 def off_is_base(layer, x):
@@ -53,9 +54,16 @@ def off_is_base(layer, x):
 
 def half_precision(layer, x):
     layer.weight.data, layer.bias.data = layer.weight.data.bfloat16(), layer.bias.data.bfloat16()
+    kept = {name: getattr(layer, name).weight.clone() for name in ("lora_A", "lora_B")}
     y = layer(x.bfloat16())
     if y.dtype != torch.bfloat16:
         raise Wrong(f"x is torch.bfloat16 and your result {y.dtype}")
+    for name, before in kept.items():
+        after = getattr(layer, name).weight
+        if after.dtype != before.dtype:
+            raise Wrong(f"after your forward self.{name}.weight is {after.dtype}; it has to stay {before.dtype}")
+        if not torch.equal(after, before):
+            raise Wrong(f"your forward has changed self.{name}.weight by up to {(after - before).abs().max():.2g}")
     layer.weight.data, layer.bias.data = layer.weight.data.float(), layer.bias.data.float()
     error = ((y - layer(x)).abs().max() / y.abs().max()).item()
     if error > 0.03:
@@ -85,7 +93,7 @@ def gradients(m, g):
     return {"gradient of A": got[0], "gradient of B": got[1], "with B = 0": layer(x)}
 
 
-@check(LINEAR, "a base layer in half precision")
+@check(LINEAR, "a base layer in half precision; A and B stay float32")
 def half(m, g):
     return half_precision(*linear(m, g))
 
@@ -104,7 +112,7 @@ def switch_conv(m, g):
     return off_is_base(*conv(m, g))
 
 
-@check(CONV, "a base layer in half precision")
+@check(CONV, "a base layer in half precision; A and B stay float32")
 def half_conv(m, g):
     return half_precision(*conv(m, g))
 
@@ -145,9 +153,16 @@ def show(m):
             m.lora.merge(model.unet, loras, w - before)
             before = w
             rows.append(model.decode(m.hipa.predictor(model, names)(x, 999)))
-    sheet = m.vae.grid(m.vae.to_pil(torch.stack(rows, 1).flatten(0, 1)), columns=len(weights))
+        model = m.hipa.load("emoji")
+        m.lora.add_lora(model.unet, targets={path: len(A) for path, (A, _) in loras.items()})
+        for path, factors in m.lora.factors(model.unet).items():
+            for mine, read in zip(factors, loras[path]):
+                mine.copy_(read)
+        rows.append(model.decode(m.hipa.predictor(model, names)(x, 999)))
+    sheet = m.vae.grid(m.vae.to_pil(torch.stack(rows, 1).flatten(0, 1)), columns=len(rows))
     count = sum(a.numel() + b.numel() for a, b in loras.values())
     return twice(sheet), (
         f"ONE step, with HiPA's adaptors ({count:,} numbers) added by your delta at weights {weights}.\n"
+        "Last column: W as it was, and the adaptors beside it by your two forward. It should be as at weight 1.\n"
         "At 1.5 it is too much. What grows first, and what does that tell of what the adaptors have learned?"
     )

@@ -50,6 +50,8 @@ MISTAKES = [
      "says": "alpha and sigma are exchanged: you have solved x = sigma x0 + alpha noise."},
     {"name": "sigma forgotten", "caught": "epsilon", "code": {BACK: [(EPS, "(x - prediction) / alpha")]},
      "says": "You take off the whole noise. With which weight is it in x?"},
+    {"name": "branches swapped", "caught": "epsilon", "code": {BACK: [('== "v_prediction"', '!= "v_prediction"')]},
+     "says": "Are your two branches swapped? With which prediction_type does the network say what the noise is?"},
     {"name": "v taken for the noise", "caught": "velocity", "code": {BACK: [(V, EPS)]},
      "says": "With 'v_prediction' the network's answer is not the noise. Put x = alpha x0 + sigma noise and v = alpha noise - "
              "sigma x0 into alpha x - sigma v: what falls out?"},
@@ -60,7 +62,7 @@ MISTAKES = [
     {"name": "one timestep too many", "caught": "schedule",
      "code": {POST: [("self.num_train_timesteps)", "self.num_train_timesteps + 1)"), (PRODUCT, PRODUCT + "[:-1]")]},
      "says": "Your betas end one step too late: the last of the timesteps has not quite beta_end."},
-    {"name": "double precision", "caught": "ends", "code": {POST: [(PRODUCT, "torch.cumprod(1 - betas.double(), dim=0)")]},
+    {"name": "double precision", "caught": "precision", "code": {POST: [(PRODUCT, "torch.cumprod(1 - betas.double(), dim=0)")]},
      "says": "alphas_cumprod is in double precision, and so would be all latents that it is multiplied with."},
 ]  # fmt: skip
 RIGHT = [

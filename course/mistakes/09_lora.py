@@ -25,10 +25,17 @@ MISTAKES = [
      "says": "A gets no gradient: something between A and the result is cut off."},
     {"name": "not cast", "caught": "half", "code": {L: [(CAST, "A, B = self.lora_A.weight, self.lora_B.weight")]},
      "says": "x is in half precision here, A and B are float32, and torch multiplies only equal types. What has the result to be?"},
+    {"name": "converted for good", "caught": "half",
+     "code": {L: [(CAST, "A, B = self.lora_A.to(x.dtype).weight, self.lora_B.to(x.dtype).weight")]},
+     "says": "module.to() converts the module itself, tensor.to() makes a copy. What is left of a training step's change of 0.001 "
+             "to a 0.5 in bfloat16?"},
     {"name": "no stride", "caught": "beside_conv", "code": {C: [("None, self.stride, self.padding", "None, 1, self.padding")]},
      "says": "Your A goes over the picture with stride 1, the layer with its own. Do the two results have the same size?"},
     {"name": "no padding", "caught": "beside_conv", "code": {C: [("None, self.stride, self.padding", "None, self.stride")]},
      "says": "Your A does not pad x, and the layer does. Do the two results have the same size?"},
+    {"name": "neither stride nor padding", "caught": "beside_conv", "code": {C: [("None, self.stride, self.padding", "None")]},
+     "says": "Your A goes over the picture with stride 1 and no padding; the layer has its own. Do the two results have the same "
+             "size?"},
     {"name": "padding twice", "caught": "beside_conv", "code": {C: [("self.padding), B)", "self.padding), B, None, 1, self.padding)")]},
      "says": "You pad before B as well. How many pixels does a 1x1 kernel need around it?"},
     {"name": "stride and padding twice", "caught": "beside_conv",
@@ -44,6 +51,20 @@ MISTAKES = [
      "says": "self.enabled has no effect in the convolution. Where would the teacher be?"},
     {"name": "conv not cast", "caught": "half_conv", "code": {C: [(CAST, "A, B = self.lora_A.weight, self.lora_B.weight")]},
      "says": "x is in half precision here, A and B are float32, and torch multiplies only equal types."},
+    {"name": "conv converted for good", "caught": "half_conv",
+     "code": {C: [(CAST, "A, B = self.lora_A.to(x.dtype).weight, self.lora_B.to(x.dtype).weight")]},
+     "says": "module.to() converts the module itself, tensor.to() makes a copy. Of which type are the convolution's A and B when "
+             "the next training step comes?"},
+    {"name": "A @ B", "caught": "product", "code": {D: [(SUM, "A.float().flatten(1) @ B.float().flatten(1)")]},
+     "says": "A (rank, in) @ B (out, rank) does not fit. Which of the two matrices meets x first, and on which side does it stand "
+             "then?"},
+    {"name": "A @ B for the convolution", "caught": "product",
+     "code": {D: [(SUM, "B.float() @ A.float() if A.ndim == 2 else A.float().flatten(1) @ B.float().flatten(1)")]},
+     "says": "For the linear layer you multiply in the right order, for the convolution the other way round. With A and B as "
+             "matrices, (rank, in k k) and (out, rank), which stands on the left?"},
+    {"name": "out and in exchanged in the convolution", "caught": "product",
+     "code": {D: [("return " + SUM, "W = " + SUM + "\n    return W if W.ndim == 2 else W.transpose(0, 1)")]},
+     "says": "For the convolution yours has the shape (in, out, k, k). Which comes first in the shape of W?"},
     {"name": "A B", "caught": "product",
      "code": {D: [(SUM, "(A.float().flatten(1).T @ B.float().flatten(1).T).reshape(-1, *B.shape[:1]) if A.ndim == 2 else " + SUM)]},
      "says": "Yours has the shape (in, out). Which of the two matrices meets x first, and on which side does it stand then?"},
