@@ -60,15 +60,15 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # clipping the gradient matters little. Other data: as coco.
 PRESETS = {
     "emoji": {
-        "model": "emoji", "pairs": 2048, "guidance": 2.0, "teacher_steps": 10, "teacher_batch": 16,
-        "steps": 2400, "batch": 8, "lr": 4e-3, "latent": 2.0, "layers": "all",
+        "model": "emoji", "pairs": 4096, "guidance": 2.0, "teacher_steps": 10, "teacher_batch": 16,
+        "steps": 3000, "batch": 8, "lr": 2e-3, "latent": 2.0, "layers": "all",
     },
     "coco": {
         "model": "sd21", "pairs": 100_000, "guidance": 3.0, "teacher_steps": 25, "teacher_batch": 16,
         "steps": 12_500, "batch": 8, "lr": 2e-4, "latent": 20.0, "layers": "attention",
     },
 }  # fmt: skip
-WEIGHTS = {"spatial": 1.0, "fourier": 3.0, "sobel": 1.0, "energy": 0.2}  # of the terms between pictures, measured
+WEIGHTS = {"spatial": 1.0, "fourier": 3.0, "sobel": 1.0, "energy": 1.0}  # of the terms between pictures, measured
 PAPER = {"energy": 0.0, "latent": 0.0, "head_start": 0.0, "later": 0.0}  # what this project added to the paper's loss
 WITHOUT_GPU = """--data coco wants a GPU: 6 GB of downloads, then 4 EFLOP for the teacher's pictures and 0.6 for the \
 adaptors: 5 to 9 hours of an H100, a year of this machine. --device cpu starts it all the same; --data emoji trains in \
@@ -113,7 +113,7 @@ def parse_args(argv=None):
     for name, weight in WEIGHTS.items():
         add(f"--{name}", type=number, default=weight, metavar="WEIGHT", help="of this term of the loss (%(default)s)")
     add("--latent", type=number, metavar="WEIGHT", help=f"of the latents' squared error {preset('latent')}")
-    add("--head-start", type=number, default=0.5, metavar="SHARE",
+    add("--head-start", type=number, default=0.75, metavar="SHARE",
         help="of the steps: trained on the latents' squared error alone, which is cheap (%(default)s)")  # fmt: skip
     add("--radius", type=number, default=0.25, help="of the Fourier disc, fraction of Nyquist (%(default)s)")
     add("--seed", type=integer(0, 2**31 - 1), default=0, help="first values of adaptors, order of pairs (%(default)s)")

@@ -2,10 +2,12 @@
 
     python emoji/table.py                 # says first how long it takes; goes on where it stopped
     python emoji/table.py --share 0.33    # every training a third as long
+    python emoji/table.py --more          # further rows, trained once: LPIPS, ranks, attention only, ...
 
-Every row has the same prompts, noise, batch and optimizer, and as many updates as take the time of 900 of HiPA's. The
+Every row has the same prompts, noise, batch and optimizer, and as many updates as take the time of 1,100 of HiPA's. The
 rows of MAIN are trained three times, with other first values and another order of the pairs; they show the mean and
-half the spread over the trainings. Two are trained at a time, one thread each; what is trained is kept in `runs/table`.
+half the spread over the trainings, all other rows over the seeds of noise. Two are trained at a time, one thread each;
+what is trained is kept in `runs/table`.
 The columns are those of `evaluate.py`, and *to 25 steps*: how different the pictures are from those that the frozen
 model draws in 25 steps from the same noise (DISTS on the evaluation net).
 """
@@ -29,16 +31,16 @@ from lcm import sample_consistency  # noqa: E402
 from lora import load_lora  # noqa: E402
 from sample import LORA_NAME, apply_lora, integer, number, run, slug  # noqa: E402
 
-TRAININGS = 3  # of each row of MAIN
-MINUTES = 6  # of one thread for 900 of HiPA's updates
-ALIKE = ["--data", "emoji", "--pairs", "1024"]  # in every training
+MINUTES = 6  # of one thread for 1,100 of HiPA's updates
+ALIKE = ["--data", "emoji", "--pairs", "1024", "--lr", "4e-3"]  # in every training; short ones want a larger rate
 ONLY_LATENT = [*"--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0".split()]
-MAIN = {  # name: (options of train.py, updates that take as long as 900 of HiPA's, steps to draw in)
-    "**HiPA**": ([], 900, [1]),
-    "without the Fourier term": (["--fourier", "0"], 960, [1]),
-    "without the Sobel term": (["--sobel", "0"], 950, [1]),
-    "without both": (["--fourier", "0", "--sobel", "0"], 1000, [1]),
-    "without the energy term": (["--energy", "0"], 940, [1]),
+MAIN = {  # name: (options of train.py, updates that take as long as 1,100 of HiPA's, steps to draw in)
+    "**HiPA**": ([], 1100, [1]),
+    "without the Fourier term": (["--fourier", "0"], 1150, [1]),
+    "without the Sobel term": (["--sobel", "0"], 1140, [1]),
+    "without both": (["--fourier", "0", "--sobel", "0"], 1170, [1]),
+    "without the energy term": (["--energy", "0"], 1130, [1]),
+    "without all three": ([*"--fourier 0 --sobel 0 --energy 0".split()], 1210, [1]),
     "as the paper trains": (["--paper"], 640, [1]),
     "regression of latents": (ONLY_LATENT, 1490, [1]),
     "LCM-LoRA": (["--lr", "2e-4"], 710, [1, 2, 4]),
@@ -46,10 +48,10 @@ MAIN = {  # name: (options of train.py, updates that take as long as 900 of HiPA
 MORE = {
     "without the latents' error": (["--latent", "0", "--head-start", "0"], 660, [1]),
     "without the head start": (["--head-start", "0"], 640, [1]),
-    "LPIPS in DISTS' place": (["--distance", "lpips"], 870, [1]),
-    "rank 4": (["--rank", "4"], 910, [1]),
-    "rank 64": (["--rank", "64", "--lr", "2e-3"], 720, [1]),
-    "attention only": (["--layers", "attention"], 1070, [1]),
+    "LPIPS in DISTS' place": (["--distance", "lpips"], 1080, [1]),
+    "rank 4": (["--rank", "4"], 1110, [1]),
+    "rank 64": (["--rank", "64", "--lr", "2e-3"], 880, [1]),
+    "attention only": (["--layers", "attention"], 1310, [1]),
 }
 
 
@@ -98,12 +100,11 @@ PER_CLASS = 2  # pictures of each thing, for each seed
 
 
 def of_pictures(evaluation, drawn):
-    """The mean over seeds of all measures. `drawn`: (pictures, labels) of each seed, as `draw` gives them."""
-    figures = [
+    """All measures of each seed. `drawn`: its (pictures, labels), as `draw` gives them."""
+    return [
         [*evaluation.measure(pictures, labels), evaluation.to_many_steps(pictures, seed)]
         for seed, (pictures, labels) in enumerate(drawn)
     ]
-    return np.mean(figures, axis=0)
 
 
 def print_row(name, figures, rest="| |"):
@@ -121,6 +122,7 @@ def measure(name, folders, evaluation, seeds, steps):
         how = {"sample": sample_consistency} if name == "LCM-LoRA" else {}
         drawn = (draw(model, evaluation, steps, 1.0, seed, PER_CLASS, **how) for seed in range(seeds))
         figures.append(of_pictures(evaluation, drawn))
+    figures = np.mean(figures, axis=1) if len(folders) > 1 else figures[0]
     count = sum(A.numel() + B.numel() for A, B in adaptors.values())
     updates, minutes = int(folders[0].name.rpartition("-")[2]), np.mean([cost(folder) for folder in folders])
     title = f"{name}, {steps} step{'s' * (steps > 1)}, {updates:,} updates"
@@ -133,15 +135,18 @@ def main():
     parser.add_argument("--seeds", type=integer(1), default=3, help="of the measured pictures' noise (%(default)s)")
     parser.add_argument("--jobs", type=integer(1), default=2, help="trainings at a time (%(default)s)")
     parser.add_argument("--share", type=number, default=1.0, help="of the updates (%(default)s)")
+    parser.add_argument("--trainings", type=integer(1), default=3, help="of each row of MAIN (%(default)s)")
+    parser.add_argument("--more", action="store_true", help="the rows of MORE too")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = {}  # name: its trainings' folders
-    for variants, trainings in ((MAIN, TRAININGS), (MORE, 1)):
+    for variants, trainings in ((MAIN, args.trainings), (MORE, 1))[: 1 + args.more]:
         for name, (_, updates, _) in variants.items():
             steps = max(1, round(args.share * updates))
             rows[name] = [folder_of(args.out, name, seed, steps) for seed in range(trainings)]
     variants = MAIN | MORE
-    jobs = [(folder, name) for name in rows for folder in rows[name] if not cost(folder, finished=True)]
+    every = [(folders[k], name) for k in range(args.trainings) for name, folders in rows.items() if k < len(folders)]
+    jobs = [(folder, name) for folder, name in every if not cost(folder, finished=True)]
     minutes = len(jobs) * MINUTES * args.share / args.jobs
     if jobs:
         print(f"{len(jobs)} trainings, about {minutes:.0f} minutes where nothing else runs", file=sys.stderr)
@@ -156,9 +161,13 @@ def main():
     print(HEADER.replace("defective |", "defective | to 25 steps | parameters | minutes |") + "---|" * 3)
     with torch.no_grad():
         many = (evaluation.many_steps(seed, PER_CLASS) for seed in seeds)
-        print_row("25 steps", [of_pictures(evaluation, many)])
+        print_row("25 steps", of_pictures(evaluation, many))
         plain = (draw(frozen, evaluation, 1, 1.0, seed, PER_CLASS) for seed in seeds)
-        print_row("plain 1 step", [of_pictures(evaluation, plain)])
+        print_row("plain 1 step", of_pictures(evaluation, plain))
+        shipped = hipa.load("emoji")
+        apply_lora(shipped, HERE / LORA_NAME)
+        drawn = (draw(shipped, evaluation, 1, 1.0, seed, PER_CLASS) for seed in seeds)
+        print_row("the shipped adaptors, 1 step", of_pictures(evaluation, drawn))
     for name, folders in rows.items():
         for steps in variants[name][2]:
             measure(name, folders, evaluation, args.seeds, steps)

@@ -1,0 +1,84 @@
+"""Remakes the tables of docs/results.md and README.md: runs each table's command and puts what it prints in its place.
+
+    python emoji/results.py                # all; says first how long that takes, and goes on where it stopped
+    python emoji/results.py jobs speed     # these anew
+
+A table's place is between `<!-- name -->` and `<!-- / -->`. What the commands printed is kept in `runs/results`. Leave
+the machine alone meanwhile: speed is measured, and peers are trained for equal time.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import hipa  # noqa: E402
+from lora import write_file  # noqa: E402
+from sample import run  # noqa: E402
+
+PAGES = [ROOT / "docs" / "results.md", ROOT / "README.md"]
+TABLES = {  # name: (command, minutes of two cores that do nothing else)
+    "measures": ("emoji/evaluate.py --calibrate", 1),
+    "table": ("emoji/table.py", 120),
+    "jobs": ("emoji/jobs.py", 30),
+    "speed": ("emoji/bench.py", 10),
+}
+IN_README = "25 steps", "plain 1 step", "the shipped", "**HiPA**", "as the paper trains", "regression of latents", "LCM-LoRA"
+
+
+def output(command):
+    """What the command prints; its progress is shown."""
+    process = subprocess.run([sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise hipa.UserError(f"python {command} ended with code {process.returncode}")
+    return process.stdout.strip()
+
+
+def commit():
+    """The commit that the files are at, short, with "-dirty" if they are not quite."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main_rows(table):
+    """Of table.py's lines the head, and the rows of the README."""
+    _, _, head, rule, *rows = table.splitlines()  # after the command and an empty line
+    return "\n".join([head, rule, *(row for row in rows if row.removeprefix("| ").startswith(IN_README))]) + "\n"
+
+
+def put(page, name, text):
+    """Replaces what stands in the page between the marks of `name`, if they are there."""
+    old = page.read_text("utf-8")
+    new = re.sub(rf"(<!-- {name} -->\n).*?(<!-- / -->)", lambda m: f"{m[1]}\n{text}\n{m[2]}", old, flags=re.DOTALL)
+    if new != old:
+        write_file(page, new.encode())
+        print(page)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="(all that are not there)")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "results", help="(runs/results)")
+    args = parser.parse_args()
+    kept = {name: args.out / f"{name}.md" for name in TABLES}
+    names = args.tables or list(TABLES)
+    missing = args.tables or [name for name in TABLES if not kept[name].exists()]
+    minutes = sum(TABLES[name][1] for name in missing)
+    print(f"{', '.join(missing) or 'nothing'}: about {minutes} minutes", file=sys.stderr)
+    hipa.writable(args.out)
+    for name in missing:
+        command, state = TABLES[name][0], commit()
+        write_file(kept[name], f"`python {command}`, at {state}:\n\n{output(command)}\n".encode())
+    for name in names:
+        text = kept[name].read_text("utf-8")
+        put(PAGES[0], name, text)
+        if name == "table":
+            put(PAGES[1], name, main_rows(text))
+
+
+if __name__ == "__main__":
+    run(main)
