@@ -156,8 +156,8 @@ class HiPALoss(nn.Module):
 
         P(x, y) + fourier * P(H(x), H(y)) + sobel * P(S(x), S(y)),    H = high_pass, S = sobel
 
-    The paper names the terms; P = DISTS, the disc's radius and the weights are this project's choices, measured in the
-    README. H(x) has both signs, so grey is added: it is then a picture, as P expects. One more term is the project's:
+    The paper names the terms; P = DISTS, the disc's radius and the weights are this project's choices. H(x) has both
+    signs, so grey is added: it is then a picture, as P expects. One more term is the project's:
 
         energy * (log |H(x)|^2 - log |H(y)|^2)^2
 

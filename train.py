@@ -57,7 +57,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # parameters; the rest was tried on a copy of the embedded model that predicts epsilon, as official models do, and on no
 # official one. There one step is much harder to learn than with v, for at t = 999 an error in epsilon is 14.6 times as
 # large in x0; a larger weight of the latents' error helps most, learning rates up to 4e-3 help, 1e-2 diverges, and
-# clipping the gradient matters little. Other data: as coco.
+# clipping the gradient matters little; 2e-4 is a caution. Other data: as coco.
 PRESETS = {
     "emoji": {
         "model": "emoji", "pairs": 4096, "guidance": 2.0, "teacher_steps": 10, "teacher_batch": 16,
@@ -70,8 +70,8 @@ PRESETS = {
 }  # fmt: skip
 WEIGHTS = {"spatial": 1.0, "fourier": 3.0, "sobel": 1.0, "energy": 1.0}  # of the terms between pictures, measured
 PAPER = {"energy": 0.0, "latent": 0.0, "head_start": 0.0, "later": 0.0}  # what this project added to the paper's loss
-WITHOUT_GPU = """--data coco wants a GPU: 6 GB of downloads, then 4 EFLOP for the teacher's pictures and 0.6 for the \
-adaptors: 5 to 9 hours of an H100, a year of this machine. --device cpu starts it all the same; --data emoji trains in \
+WITHOUT_GPU = """--data coco wants a GPU: 6 GB of downloads, then 4 EFLOP for the teacher's pictures and 0.4 for the \
+adaptors: an estimated 5 to 9 hours of an H100, a year of two CPU cores. --device cpu starts it all the same; --data emoji trains in \
 minutes"""
 
 

@@ -13,7 +13,7 @@ all          the same over all pixels; speckle counts here, so it can be high wh
 defective    share of pictures that a critic takes for blurred, doubled or smeared ones, see `Critic`
 to itself    (--calibrate) DISTS on the evaluation net: how different from another picture, as a whole
 
-The evaluation net is trained by `make.py` on real pictures only. Nothing else is trained with it.
+The evaluation net is trained by `make.py` on real pictures only. No adaptors are trained with it.
 """
 
 import argparse

@@ -25,7 +25,7 @@ TABLES = {  # name: (command, minutes of two cores that do nothing else)
     "measures": ("emoji/evaluate.py --calibrate", 1),
     "table": ("emoji/table.py --share 0.33", 40),
     "jobs": ("emoji/jobs.py", 30),
-    "speed": ("emoji/bench.py", 10),
+    "speed": ("emoji/bench.py command pictures small train large load", 10),
 }
 OF_MAIN = "**HiPA**", "as the paper trains", "regression of latents", "LCM-LoRA"
 IN_README = "25 steps", "plain 1 step", "the shipped", *OF_MAIN
