@@ -1,7 +1,7 @@
 """Measures editing, inpainting and super-resolution by the embedded model: plain one step, with the adaptors, 25 steps.
 
-    python emoji/jobs.py                            # all three; half an hour on two cores
-    python emoji/jobs.py inpainting                 # one of: editing, inpainting, super-resolution
+    python emoji/jobs.py                            # all; half an hour on two cores
+    python emoji/jobs.py inpainting                 # one of: editing, inpainting, super-resolution, tiles
 
 The pictures are the real ones of `renders.png`: one of each class, and others in every repetition.
 
@@ -125,12 +125,12 @@ def inpainting(bench, repetitions):
     bench.rows(columns, draw, measure, repetitions, [filled])
 
 
+def resize(x, side):
+    return F.interpolate(x, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
 def super_resolution(bench, repetitions):
     """From 16 and 32 pixels to 64, with the prompt and without."""
-
-    def resize(x, side):
-        return F.interpolate(x, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-
     strength = STRENGTH["super-resolution"]
     columns = {"PSNR": 1, "DISTS": 3, "recognition, %": 1, "Fréchet": 2, "edges": 2}
 
@@ -159,7 +159,39 @@ def super_resolution(bench, repetitions):
             bench.rows(columns, draw, measure, repetitions, others, end="" if with_prompt else ", no prompt")
 
 
-JOBS = {"editing": editing, "inpainting": inpainting, "super-resolution": super_resolution}
+def in_tiles(bench, repetitions):
+    """Four pictures side by side, from 32 to 128 pixels: in tiles of 64, which lie across them, and in one piece."""
+    kept = [k for k in range(len(bench.names)) if k % BATCH < BATCH // 4 * 4]
+    strength = STRENGTH["super-resolution"]
+
+    def join(x):
+        x = x[: len(x) // 4 * 4].unflatten(0, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)  # (n, 3, row, 64, column, 64)
+        return x.flatten(4, 5).flatten(2, 3)
+
+    def cut(x):
+        return x.unflatten(2, (2, SIZE)).unflatten(4, (2, SIZE)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+    def measure(pictures, sources):
+        recognised = bench.recognised(pictures, bench.labels[kept])
+        return [psnr(pictures, sources[kept]), bench.dists(pictures, sources[kept]), *recognised]
+
+    columns = {"PSNR": 1, "DISTS": 3, "recognition, %": 1, "Fréchet": 2, "edges": 2}
+    bench.header(f"four pictures in one, 32 to 128 pixels, strength {strength:g}, no prompt", columns)
+    for tiled in (True, False):
+
+        def draw(model, sources, part, seeds, guidance, tiled=tiled, **options):
+            large = join(sources[part])
+            small, seeds, prompts = resize(large, SIZE // 2), seeds[: len(large)], [""] * len(large)
+            if tiled:
+                return cut(hipa.upscale(model, small, 4, prompts, seeds, strength, **options))
+            large = resize(small, 2 * SIZE)
+            large = hipa.redraw(model, large, hipa.noise_for(model, large, seeds), prompts, strength, **options)
+            return cut(large + resize(small - resize(large, SIZE // 2), 2 * SIZE))
+
+        bench.rows(columns, draw, measure, repetitions, end=", in tiles" if tiled else ", in one piece")
+
+
+JOBS = {"editing": editing, "inpainting": inpainting, "super-resolution": super_resolution, "tiles": in_tiles}
 
 
 @torch.no_grad()
