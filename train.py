@@ -71,8 +71,8 @@ PRESETS = {
 WEIGHTS = {"spatial": 1.0, "fourier": 3.0, "sobel": 1.0, "energy": 1.0}  # of the terms between pictures, measured
 PAPER = {"energy": 0.0, "latent": 0.0, "head_start": 0.0, "later": 0.0}  # what this project added to the paper's loss
 WITHOUT_GPU = """--data coco wants a GPU: 6 GB of downloads, then 4 EFLOP for the teacher's pictures and 0.4 for the \
-adaptors: an estimated 5 to 9 hours of an H100, a year of two CPU cores. --device cpu starts it all the same; --data emoji trains in \
-minutes"""
+adaptors: an estimated 5 to 9 hours of an H100, a year of two CPU cores. --device cpu starts it all the same; --data \
+emoji trains in minutes"""
 
 
 # ----------------------------------------------------------------------------------------------------------- settings

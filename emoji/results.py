@@ -28,6 +28,7 @@ TABLES = {  # name: (command, minutes of two cores that do nothing else)
     "speed": ("emoji/bench.py command pictures small train large load", 10),
 }
 OF_MAIN = "**HiPA**", "as the paper trains", "regression of latents", "LCM-LoRA"
+COLUMNS = 7  # of the README
 IN_README = "25 steps", "plain 1 step", "the shipped", *OF_MAIN
 
 
@@ -46,9 +47,10 @@ def commit():
 
 
 def main_rows(table):
-    """Of table.py's lines the head, and the rows of the README."""
+    """Of what table.py prints the rows and the columns of the README."""
     _, _, head, rule, *rows = table.splitlines()  # after the command and an empty line
-    return "\n".join([head, rule, *(row for row in rows if row.removeprefix("| ").startswith(IN_README))]) + "\n"
+    lines = [head, rule, *(row for row in rows if row.removeprefix("| ").startswith(IN_README))]
+    return "\n".join("|".join(line.split("|")[: COLUMNS + 1]) + "|" for line in lines) + "\n"
 
 
 def put(page, name, text):

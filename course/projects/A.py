@@ -1,4 +1,4 @@
-"""Project A, the baseline: adaptors of rank 4, trained in the way of `train.py --data emoji`, with less of everything."""
+"""Project A, the baseline: adaptors of rank 4, trained as by `train.py --data emoji`, with less of everything."""
 
 import torch
 import torch.nn.functional as F
