@@ -91,7 +91,7 @@ def editing(bench, repetitions):
     prompts = [bench.names[label] for label in labels]
     columns = {"recognition, %": 1, "Fréchet": 2, "edges": 2, "DISTS to the source": 3}
     bench.header("editing", columns)
-    for strength in (0.5, 0.6, 0.7, 0.8, 0.9):
+    for strength in (0.5, 0.7, 0.9):
 
         def draw(model, sources, part, seeds, strength=strength, **options):
             return hipa.edit(model, sources[part], prompts[part], seeds, strength, **options)
