@@ -56,7 +56,7 @@ def main_rows(table):
 def put(page, name, text):
     """Replaces what stands in the page between the marks of `name`, if they are there."""
     old = page.read_text("utf-8")
-    new = re.sub(rf"(<!-- {name} -->\n).*?(<!-- / -->)", lambda m: f"{m[1]}\n{text}\n{m[2]}", old, flags=re.DOTALL)
+    new = re.sub(rf"(<!-- {name} -->\n).*?(<!-- / -->)", lambda m: f"{m[1]}{text}{m[2]}", old, flags=re.DOTALL)
     if new != old:
         write_file(page, new.encode())
         print(page)

@@ -39,7 +39,7 @@ def test_tables_are_put_in_their_place_once(pages, tmp_path, monkeypatch, capsys
     call(tmp_path, monkeypatch)
     assert "table: about 7 minutes" in capsys.readouterr().err
     long, short = (page.read_text() for page in pages)
-    assert long.startswith("before\n\n<!-- table -->\n\n`python ") and long.endswith("\n<!-- / -->\n\nafter\n")
+    assert long.startswith("before\n\n<!-- table -->\n`python ") and long.endswith("\n<!-- / -->\n\nafter\n")
     assert "at 1234567:" in long and HEAD + "\n".join(ROWS) in long and "old" not in long
     for line in ("| pictures | a | a | a | a | a | a |", "| 25 steps | 1 | 1 | 1 | 1 | 1 | 1 |", "| **HiPA**, 1 step"):
         assert f"\n{line}" in short
