@@ -4,7 +4,7 @@
     python emoji/table.py --share 0.33    # every training a third as long
     python emoji/table.py --more          # further rows, trained once: LPIPS, ranks, attention only, ...
 
-Every row has the same prompts, noise, batch and optimizer, and as many updates as take the time of 1,100 of HiPA's. The
+Every row has the same prompts, batch and optimizer, and as many updates as take the time of 1,100 of HiPA's. The
 rows of MAIN are trained three times, with other first values and another order of the pairs; they show the mean and
 half the spread over the trainings, all other rows over the seeds of noise. Two are trained at a time, one thread each;
 what is trained is kept in `runs/table`.
