@@ -129,6 +129,11 @@ def resize(x, side):
     return F.interpolate(x, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
+def corrected(large, small):
+    """With the correction that `hipa.upscale` ends with: reduced, it is the small picture again."""
+    return large + resize(small - resize(large, small.shape[3]), large.shape[3])
+
+
 def super_resolution(bench, repetitions):
     """From 16 and 32 pixels to 64, with the prompt and without."""
     strength = STRENGTH["super-resolution"]
@@ -143,10 +148,8 @@ def super_resolution(bench, repetitions):
         def bicubic(sources, side=side):
             return resize(resize(sources, side), SIZE)
 
-        def corrected(sources, side=side, bicubic=bicubic):
-            """Bicubic with the correction that `hipa.upscale` ends with, and nothing drawn"""
-            large = bicubic(sources)
-            return large + resize(resize(sources, side) - resize(large, side), SIZE)
+        def corrected_bicubic(sources, side=side, bicubic=bicubic):
+            return corrected(bicubic(sources), resize(sources, side))
 
         for with_prompt in (True, False):
 
@@ -155,7 +158,7 @@ def super_resolution(bench, repetitions):
                 prompts = bench.names[part] if with_prompt else [""] * len(seeds)
                 return hipa.upscale(model, resize(sources[part], side), SIZE // side, prompts, seeds, **options)
 
-            others = [("bicubic", bicubic), ("bicubic, corrected", corrected)] if with_prompt else []
+            others = [("bicubic", bicubic), ("bicubic, corrected", corrected_bicubic)] if with_prompt else []
             bench.rows(columns, draw, measure, repetitions, others, end="" if with_prompt else ", no prompt")
 
 
@@ -186,7 +189,7 @@ def in_tiles(bench, repetitions):
                 return cut(hipa.upscale(model, small, 4, prompts, seeds, strength, **options))
             large = resize(small, 2 * SIZE)
             large = hipa.redraw(model, large, hipa.noise_for(model, large, seeds), prompts, strength, **options)
-            return cut(large + resize(small - resize(large, SIZE // 2), 2 * SIZE))
+            return cut(corrected(large, small))
 
         bench.rows(columns, draw, measure, repetitions, end=", in tiles" if tiled else ", in one piece")
 

@@ -162,12 +162,11 @@ def main():
     with torch.no_grad():
         many = (evaluation.many_steps(seed, PER_CLASS) for seed in seeds)
         print_row("25 steps", of_pictures(evaluation, many))
-        plain = (draw(frozen, evaluation, 1, 1.0, seed, PER_CLASS) for seed in seeds)
-        print_row("plain 1 step", of_pictures(evaluation, plain))
         shipped = hipa.load("emoji")
         apply_lora(shipped, HERE / LORA_NAME)
-        drawn = (draw(shipped, evaluation, 1, 1.0, seed, PER_CLASS) for seed in seeds)
-        print_row("the shipped adaptors, 1 step", of_pictures(evaluation, drawn))
+        for name, model in (("plain 1 step", frozen), ("the shipped adaptors, 1 step", shipped)):
+            drawn = (draw(model, evaluation, 1, 1.0, seed, PER_CLASS) for seed in seeds)
+            print_row(name, of_pictures(evaluation, drawn))
     for name, folders in rows.items():
         for steps in variants[name][2]:
             measure(name, folders, evaluation, args.seeds, steps)
