@@ -120,12 +120,12 @@ def without_article(name):
     return rest if first in ("a", "an", "the") else name
 
 
-def real_pictures(glyphs):
-    """`renders.png` -> reference and other real pictures, each (N, 3, 64, 64) in [-1, 1], with their classes.
+def real_pictures(glyphs, folder=HERE):
+    """`folder/renders.png` -> reference and other real pictures, each (N, 3, 64, 64) in [-1, 1], and their classes.
 
     The sheet has one row per class. It is stored so that measuring does not need the font.
     """
-    sheet = np.asarray(Image.open(HERE / "renders.png").convert("RGB"))
+    sheet = np.asarray(Image.open(folder / "renders.png").convert("RGB"))
     tiles = torch.from_numpy(sheet.copy()).reshape(len(glyphs), SIZE, -1, SIZE, 3).permute(0, 2, 4, 1, 3) / 127.5 - 1
     labels = torch.arange(len(glyphs))
     reference, other = tiles[:, :REFERENCE_VIEWS], tiles[:, REFERENCE_VIEWS:]
@@ -250,12 +250,12 @@ class Critic:
 class Evaluation:
     """The real pictures and the evaluation net; `measure` gives one row of figures."""
 
-    def __init__(self, model, per_class=OTHER_VIEWS):
+    def __init__(self, model, per_class=OTHER_VIEWS, folder=HERE):
         """`per_class`: how many real pictures of each class make the "real" row; as many as will be drawn, because the
-        Fréchet distance of few pictures is larger."""
+        Fréchet distance of few pictures is larger. `folder`: where `renders.png` is, for a model of other pictures."""
         self.glyphs = read_glyphs()
         self.net = load_evaluation_net(len(self.glyphs))
-        (reference, _), (pictures, labels) = real_pictures(self.glyphs)
+        (reference, _), (pictures, labels) = real_pictures(self.glyphs, folder)
         self.reference_features, self.critic = self.net.features(reference), Critic(self.net, reference)
         self.distance = DISTS(Stages(self.net))
         self.model, self.of_many_steps = model, {}
@@ -343,7 +343,8 @@ def main():
     lora, weight = args.lora or own_lora(folder, args.steps)
     if lora:
         apply_lora(model, lora, weight)
-    evaluation = Evaluation(model, OTHER_VIEWS if args.calibrate else args.per_class)
+    own = folder if (folder / "renders.png").exists() else HERE  # real pictures
+    evaluation = Evaluation(model, OTHER_VIEWS if args.calibrate else args.per_class, own)
     if args.calibrate:
         return calibrate(evaluation)
     print(HEADER)

@@ -5,6 +5,7 @@
     python emoji/make.py --improve unet 480     # trains the UNet and text encoder that are there further
     python emoji/make.py --improve decoder 60   # the same for the VAE's decoder; the latents stay what they are
     python emoji/make.py --improve epsilon 15   # a copy in emoji/build/epsilon that predicts noise, not v
+    python emoji/make.py --improve varied 60    # a copy for pictures of which half are mirrored, anywhere in the frame
 
 Nobody needs this to use the project. It takes about three hours on two CPU cores, half an hour on a GPU, and needs
 the font "Noto Color Emoji" (Debian: apt-get install fonts-noto-color-emoji; SIL Open Font License). Every stage trains
@@ -35,7 +36,7 @@ import regex
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -95,12 +96,14 @@ class Scene:
     places: list
     background: str = None
     small: bool = False
+    mirrored: bool = False
 
     @staticmethod
-    def sample(rng, index=None):
+    def sample(rng, index=None, varied=False):
         """Three quarters show one glyph, the others a small one or two side by side; two thirds are on plain white.
 
-        With an `index`: that class, alone, at the usual size, on white.
+        With an `index`: that class, alone, at the usual size, on white. `varied`: half are mirrored, and what is alone
+        can be anywhere in the picture, for which it is a little smaller.
         """
         kind = rng.choices(["one", "small", "two"], [0.74, 0.10, 0.16])[0] if index is None else "one"
         background = rng.choice(list(COLOURS)) if index is None and rng.random() < 0.33 else None
@@ -117,9 +120,12 @@ class Scene:
             places = [(jitter(x, 1.5), jitter(32, 4), size, tilt()) for x in (17, 47)]
         else:
             classes = [rng.randrange(len(GLYPHS)) if index is None else index]
-            size, by = (rng.uniform(24, 30), 8) if kind == "small" else (rng.uniform(48, 58), 3)
+            usual = (38, 46) if varied else (48, 58)
+            size, by = (rng.uniform(24, 30), 8) if kind == "small" else (rng.uniform(*usual), 3)
+            if varied:
+                by = (SIZE - size) / 2
             places = [(jitter(32, by), jitter(32, by), size, tilt())]
-        return Scene(classes, places, background, kind == "small")
+        return Scene(classes, places, background, kind == "small", varied and rng.random() < 0.5)
 
     def draw(self):
         """-> RGB picture of SIZE x SIZE. Pillow resamples RGBA premultiplied, so edges get no dark fringe."""
@@ -131,7 +137,7 @@ class Scene:
             layer = Image.new("RGBA", picture.size)
             layer.paste(glyph, (round(x - side / 2), round(y - side / 2)))
             picture = Image.alpha_composite(picture, layer)
-        return picture.convert("RGB")
+        return (ImageOps.mirror(picture) if self.mirrored else picture).convert("RGB")
 
     def caption(self, rng):
         """One of the ways a person would ask for this picture."""
@@ -534,12 +540,12 @@ def sharpen_decoder(device, build, vae, vgg, pictures, latents, held_out, minute
 
 
 # --------------------------------------------------------------------------------------------------------------- export
-def write_renders():
+def write_renders(folder=HERE, varied=False):
     """`renders.png`: real pictures of every class, one row each, so that measuring does not need the font."""
     rng = random.Random(12345)
     views = REFERENCE_VIEWS + OTHER_VIEWS
-    pictures = [Scene.sample(rng, index).draw() for index in range(len(GLYPHS)) for _ in range(views)]
-    grid(pictures, columns=views).save(HERE / "renders.png", optimize=True)
+    pictures = [Scene.sample(rng, index, varied).draw() for index in range(len(GLYPHS)) for _ in range(views)]
+    grid(pictures, columns=views).save(folder / "renders.png", optimize=True)
 
 
 def write_captions():
@@ -624,23 +630,26 @@ def export(tokenizer, networks, vae, vgg, evaluator):
     write_weights(HERE / "evaluator", evaluator, "model")
 
 
-TRAINED = {"unet": "unet", "decoder": "vae", "epsilon": "unet"}  # what --improve takes: its folder
+TRAINED = {"unet": "unet", "decoder": "vae", "epsilon": "unet", "varied": "unet"}  # what --improve takes: its folder
 
 
 def improve(part, minutes, device, build, everything, captions):
     """Trains a part of the model in `emoji/` further, until it has had `minutes`.
 
-    The part "epsilon" makes a copy in `build/epsilon` that predicts the noise, as official checkpoints do.
+    Two parts are copies of the model, which stays as it is: "epsilon", in `build/epsilon`, predicts the noise, as
+    official checkpoints do; "varied", in `build` itself, is for the varied pictures that `everything` then holds.
     """
-    out = HERE
-    if part == "epsilon":
-        out = build / "epsilon"
-        if not out.exists():
-            shutil.copytree(HERE, out, ignore=lambda folder, names: {"build", "__pycache__", LORA_NAME} & set(names))
+    out = {"epsilon": build / "epsilon", "varied": build}.get(part, HERE)
+    if not (out / "unet").exists() and not RANK:
+        others = {"build", "__pycache__", LORA_NAME}
+        shutil.copytree(HERE, out, ignore=lambda folder, names: others & set(names), dirs_exist_ok=True)
+        write_weights(out / "unet", hipa.load(out).unet, "diffusion_pytorch_model")  # whose own training begins
+        if part == "varied":
+            write_renders(out, varied=True)
+    if WORLD > 1:
+        dist.barrier()
     earlier = read_progress(out / TRAINED[part] / "diffusion_pytorch_model.safetensors")
     model = hipa.load(out, device)
-    if part == "epsilon" and model.schedule.prediction_type != "epsilon":  # just copied
-        earlier = {}
     encoder = [*model.vae.encoder.parameters(), *model.vae.quant_conv.parameters()]
     key = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in encoder)).hexdigest()[:12]
     latents = cached(build / f"latents-{key}.pt", lambda: encode_all(model.vae, everything, device, "encoding"))
@@ -651,7 +660,7 @@ def improve(part, minutes, device, build, everything, captions):
         sharpen_decoder(device, build, model.vae, vgg, *data, float(minutes), "improve-decoder", earlier)
     else:
         ids = torch.stack([model.tokenizer(group) for group in captions]).short()
-        name = part if part == "epsilon" else "improve-unet"
+        name = part if out != HERE else "improve-unet"
         tools = device, build, model.tokenizer, model.vae
         train_unet(*tools, latents, ids, float(minutes), name, model, earlier, out)
 
@@ -675,16 +684,17 @@ def main():
             parser.error(f"--improve takes one of {', '.join(TRAINED)}, then minutes: not {part} {minutes}")
     if not Path(FONT).exists():
         sys.exit(f"error: {FONT} is missing: apt-get install fonts-noto-color-emoji")
-    args.build.mkdir(exist_ok=True)
+    varied = args.improve is not None and args.improve[0] == "varied"
+    device, build = args.device, args.build / "varied" if varied else args.build
+    build.mkdir(parents=True, exist_ok=True)
     if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2))
     vae_minutes, nets_minutes, unet_minutes, decoder_minutes = args.minutes
-    device, build = args.device, args.build
 
     rng = random.Random(0)
-    scenes = [Scene.sample(rng) for _ in range(args.pictures + HELD_OUT)]
+    scenes = [Scene.sample(rng, varied=varied) for _ in range(args.pictures + HELD_OUT)]
     captions = [[scene.caption(rng) for _ in range(4)] for scene in scenes]
     made_of = build / "made_of.txt"  # what is in the build folder was made from these pictures
     content = hashlib.sha256(repr((GLYPHS, COLOURS, scenes)).encode()).hexdigest()

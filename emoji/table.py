@@ -3,11 +3,12 @@
     python emoji/table.py                 # says first how long it takes; goes on where it stopped
     python emoji/table.py --share 0.33    # every training a third as long
     python emoji/table.py --more          # further rows, trained once: LPIPS, ranks, attention only, ...
+    python emoji/table.py --model emoji/build/varied --rows hipa regression-of-latents   # a copy made by make.py
 
 Every row has the same prompts, batch and optimizer, and as many updates as take the time of 1,100 of HiPA's. The
 rows of MAIN are trained three times, with other first values and another order of the pairs; they show the mean and
 half the spread over the trainings, all other rows over the seeds of noise. Two are trained at a time, one thread each;
-what is trained is kept in `runs/table`.
+what is trained is kept in `runs/table`, or `runs/table-varied` for a copy of that name.
 The columns are those of `evaluate.py`, and *to 25 steps*: how different the pictures are from those that the frozen
 model draws in 25 steps from the same noise (DISTS on the evaluation net).
 """
@@ -17,6 +18,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +62,7 @@ def folder_of(out, name, seed, updates):
     return out / f"{slug(name)}-{seed}-{updates}"
 
 
-def train(folder, name, options):
+def train(folder, model, name, options):
     """One training, unless it is there."""
     updates, seed = folder.name.split("-")[:-3:-1]
     if cost(folder, finished=True):
@@ -71,7 +73,7 @@ def train(folder, name, options):
     if (folder / "settings.json").exists():
         command += ["--resume"]
     else:
-        command += [*ALIKE, "--targets", targets, "--steps", updates, "--seed", seed, *options]
+        command += [*ALIKE, "--model", model, "--targets", targets, "--steps", updates, "--seed", seed, *options]
     folder.mkdir(exist_ok=True)
     with open(folder.with_suffix(".log"), "w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -111,12 +113,17 @@ def print_row(name, figures, rest="| |"):
     print(row(name, figures, (*FORMATS, "{:.3f}")), rest, flush=True)
 
 
+def load(name):
+    """The embedded model, or a copy of it, which wants the same guidance."""
+    return replace(hipa.load(name), guidance=hipa.GUIDANCE["emoji"])
+
+
 @torch.no_grad()
-def measure(name, folders, evaluation, seeds, steps):
-    """Prints the row of a variant's trainings."""
+def measure(name, folders, evaluation, seeds, steps, model_name):
+    """Prints the row of a variant's trainings, which are for the model of that name."""
     figures = []
     for folder in folders:
-        model = hipa.load("emoji")
+        model = load(model_name)
         adaptors = load_lora(folder / LORA_NAME, model.unet)
         apply_lora(model, folder / LORA_NAME)
         how = {"sample": sample_consistency} if name == "LCM-LoRA" else {}
@@ -131,45 +138,53 @@ def measure(name, folders, evaluation, seeds, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/table"), help="(%(default)s)")
+    parser.add_argument("--model", default="emoji", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, help="(runs/table)")
+    parser.add_argument("--rows", nargs="+", choices=[slug(name) for name in MAIN | MORE], help="only these")
     parser.add_argument("--seeds", type=integer(1), default=3, help="of the measured pictures' noise (%(default)s)")
     parser.add_argument("--jobs", type=integer(1), default=2, help="trainings at a time (%(default)s)")
     parser.add_argument("--share", type=number, default=1.0, help="of the updates (%(default)s)")
     parser.add_argument("--trainings", type=integer(1), default=3, help="of each row of MAIN (%(default)s)")
     parser.add_argument("--more", action="store_true", help="the rows of MORE too")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows = {}  # name: its trainings' folders
-    for variants, trainings in ((MAIN, args.trainings), (MORE, 1))[: 1 + args.more]:
-        for name, (_, updates, _) in variants.items():
-            steps = max(1, round(args.share * updates))
-            rows[name] = [folder_of(args.out, name, seed, steps) for seed in range(trainings)]
+    checkpoint = hipa.find_checkpoint(args.model)
+    out = args.out or Path("runs") / ("table" if args.model == "emoji" else f"table-{checkpoint.name}")
+    out.mkdir(parents=True, exist_ok=True)
     variants = MAIN | MORE
+    wanted = args.rows or [slug(name) for name in (variants if args.more else MAIN)]
+    rows = {}  # name: its trainings' folders
+    for name, (_, updates, _) in variants.items():
+        if slug(name) in wanted:
+            steps = max(1, round(args.share * updates))
+            rows[name] = [folder_of(out, name, seed, steps) for seed in range(args.trainings if name in MAIN else 1)]
     every = [(folders[k], name) for k in range(args.trainings) for name, folders in rows.items() if k < len(folders)]
     jobs = [(folder, name) for folder, name in every if not cost(folder, finished=True)]
     minutes = len(jobs) * MINUTES * args.share / args.jobs
     if jobs:
         print(f"{len(jobs)} trainings, about {minutes:.0f} minutes where nothing else runs", file=sys.stderr)
         with ThreadPoolExecutor(args.jobs) as pool:
-            for name, options in (("targets", []), ("targets of the paper", ["--paper"])):  # which the others share
-                train(folder_of(args.out, name, 0, 1), name, options)
-            for task in [pool.submit(train, folder, name, variants[name][0]) for folder, name in jobs]:
+            train(folder_of(out, "targets", 0, 1), args.model, "targets", [])  # which the others share
+            if any("--paper" in variants[name][0] for _, name in jobs):
+                train(folder_of(out, "targets of the paper", 0, 1), args.model, "targets of the paper", ["--paper"])
+            for task in [pool.submit(train, folder, args.model, name, variants[name][0]) for folder, name in jobs]:
                 task.result()
 
-    frozen = hipa.load("emoji")
-    evaluation, seeds = Evaluation(frozen, PER_CLASS), range(args.seeds)
+    frozen = load(args.model)
+    evaluation, seeds = Evaluation(frozen, PER_CLASS, checkpoint), range(args.seeds)
     print(HEADER.replace("defective |", "defective | to 25 steps | parameters | minutes |") + "---|" * 3)
     with torch.no_grad():
         many = (evaluation.many_steps(seed, PER_CLASS) for seed in seeds)
         print_row("25 steps", of_pictures(evaluation, many))
-        shipped = hipa.load("emoji")
-        apply_lora(shipped, HERE / LORA_NAME)
-        for name, model in (("plain 1 step", frozen), ("the shipped adaptors, 1 step", shipped)):
+        models = {"plain 1 step": frozen}
+        if (checkpoint / LORA_NAME).exists():
+            models["the shipped adaptors, 1 step"] = load(args.model)
+            apply_lora(models["the shipped adaptors, 1 step"], checkpoint / LORA_NAME)
+        for name, model in models.items():
             drawn = (draw(model, evaluation, 1, 1.0, seed, PER_CLASS) for seed in seeds)
             print_row(name, of_pictures(evaluation, drawn))
     for name, folders in rows.items():
         for steps in variants[name][2]:
-            measure(name, folders, evaluation, args.seeds, steps)
+            measure(name, folders, evaluation, args.seeds, steps, args.model)
 
 
 if __name__ == "__main__":

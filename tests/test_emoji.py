@@ -1,5 +1,7 @@
 """The embedded model: diffusers draws the same, its prompts cover what a person types, its measures measure."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,11 +167,10 @@ def test_every_variant_of_the_table_is_a_command():
         assert round(0.1 * updates) > 0
 
 
-@pytest.mark.slow
-def test_the_table(monkeypatch, capsys, tmp_path):
-    """Two tiny trainings of each row; what is trained is not trained again."""
+@pytest.fixture
+def quick_table(monkeypatch):
+    """`table.main` with the given options, its trainings tiny and nothing drawn in more than two steps."""
     monkeypatch.setattr(table, "ALIKE", [*table.ALIKE, *"--pairs 4 --teacher-steps 2 --batch 4".split()])
-    monkeypatch.setattr(table, "TRAININGS", 2)
     original = evaluate.draw
 
     def quick(model, evaluation, steps, *rest, **how):  # 25 take minutes
@@ -180,19 +181,53 @@ def test_the_table(monkeypatch, capsys, tmp_path):
     names = ["**HiPA**", "as the paper trains", "LCM-LoRA"]
     monkeypatch.setattr(table, "MAIN", {name: (*table.MAIN[name][:2], [1]) for name in names})
     monkeypatch.setattr(table, "MORE", {"rank 4": table.MORE["rank 4"]})
-    monkeypatch.setattr(sys, "argv", ["table.py", "--out", str(tmp_path), "--seeds", "1", "--share", "0.002"])
-    table.main()
-    first, made = capsys.readouterr().out, sorted(tmp_path.glob("*/finished"))
-    names = [line.split("|")[1].strip() for line in first.splitlines()[2:]]
-    assert names == [
-        "25 steps", "plain 1 step", "**HiPA**, 1 step, 2 updates", "as the paper trains, 1 step, 1 updates",
-        "LCM-LoRA, 1 step, 1 updates", "rank 4, 1 step, 2 updates",
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["table.py", "--seeds", "1", "--share", "0.002", *map(str, options)])
+        table.main()
+
+    return run
+
+
+def names_of_rows(output):
+    return [line.split("|")[1].strip() for line in output.splitlines()[2:]]
+
+
+@pytest.mark.slow
+def test_the_table(quick_table, monkeypatch, capsys, tmp_path):
+    """Two tiny trainings of each row; what is trained is not trained again."""
+    quick_table("--out", tmp_path, "--trainings", 2, "--more")
+    made = sorted(tmp_path.glob("*/finished"))
+    assert names_of_rows(capsys.readouterr().out) == [
+        "25 steps", "plain 1 step", "the shipped adaptors, 1 step", "**HiPA**, 1 step, 2 updates",
+        "as the paper trains, 1 step, 1 updates", "LCM-LoRA, 1 step, 1 updates", "rank 4, 1 step, 2 updates",
     ]  # fmt: skip
     assert len(made) == 2 + 3 * 2 + 1
     before = [path.stat().st_mtime_ns for path in made]
-    monkeypatch.setattr(table, "of_pictures", lambda *_, **__: [0.0] * 6)
-    table.main()
+    monkeypatch.setattr(table, "of_pictures", lambda *_, **__: [[0.0] * 6])
+    quick_table("--out", tmp_path, "--trainings", 2, "--more")
     assert [path.stat().st_mtime_ns for path in made] == before
+
+
+@pytest.mark.slow
+def test_a_table_of_a_copy(quick_table, monkeypatch, capsys, tmp_path):
+    """Some rows, for another model that is measured beside real pictures of its own."""
+    shutil.copytree(table.HERE, tmp_path / "varied", ignore=shutil.ignore_patterns("build", "pytorch_lora_weights*"))
+    original, folders = evaluate.real_pictures, []
+
+    def recorded(glyphs, folder):
+        folders.append(folder)
+        return original(glyphs, folder)
+
+    monkeypatch.setattr(evaluate, "real_pictures", recorded)
+    monkeypatch.chdir(tmp_path)
+    quick_table("--model", tmp_path / "varied", "--rows", "hipa", "--trainings", 1)
+    names = names_of_rows(capsys.readouterr().out)
+    assert names == ["25 steps", "plain 1 step", "**HiPA**, 1 step, 2 updates"]
+    settings = json.loads((tmp_path / "runs" / "table-varied" / "hipa-0-2" / "settings.json").read_text())
+    assert settings["model"] == str(tmp_path / "varied")
+    assert not (tmp_path / "runs" / "table-varied" / "targets-of-the-paper-0-1").exists()
+    assert folders == [tmp_path / "varied"]
 
 
 def test_radial_power():
@@ -234,3 +269,38 @@ def test_a_scene_and_its_caption_agree():
         for index in scene.classes:
             assert any(evaluate.without_article(name) in caption for name in GLYPHS[index][1])
         assert scene.background is None or scene.background in caption
+
+
+def test_varied_scenes():
+    """Half are mirrored, as whole pictures; what is alone can be anywhere in the frame, and does not leave it."""
+    rng = make.random.Random(0)
+    scenes = [make.Scene.sample(rng, varied=True) for _ in range(400)]
+    assert 160 < sum(scene.mirrored for scene in scenes) < 240
+    alone = [scene for scene in scenes if len(scene.classes) == 1]
+    reach = torch.tensor([[x - size / 2, x + size / 2] for scene in alone for x, _, size, _ in scene.places])
+    assert 0 <= reach.min() < 1 and 63 < reach.max() <= 64
+    scene = make.Scene([0], [(24, 36, 40, 5)], "red")
+    mirrored = make.dataclasses.replace(scene, mirrored=True)
+    assert np.array_equal(np.asarray(mirrored.draw()), np.asarray(scene.draw())[:, ::-1])
+
+
+@pytest.mark.parametrize("part", ["epsilon", "varied"])
+def test_a_copy_begins_with_the_model(monkeypatch, tmp_path, part):
+    """Its training is its own; real pictures of its own are there if it is for others; `emoji/` stays as it is."""
+    told = {}
+
+    def times():
+        return {path: path.stat().st_mtime_ns for kind in ("png", "safetensors") for path in EMOJI.glob(f"**/*.{kind}")}
+
+    def trained(device, build, tokenizer, vae, latents, ids, minutes, name, start, earlier, out):
+        told.update(name=name, earlier=earlier, out=out)
+
+    before = times()
+    monkeypatch.setattr(make, "train_unet", trained)
+    make.improve(part, "1", "cpu", tmp_path, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), [["a cat"]] * 4)
+    folder = tmp_path / ("epsilon" if part == "epsilon" else "")
+    assert told == {"name": part, "earlier": {}, "out": folder}
+    ours, theirs = evaluate.real_pictures(GLYPHS)[0][0], evaluate.real_pictures(GLYPHS, folder)[0][0]
+    assert ours.equal(theirs) == (part == "epsilon")
+    assert sample.own_lora(folder, 1) == (None, 0.0) and hipa.load(folder)
+    assert times() == before
