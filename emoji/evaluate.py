@@ -5,6 +5,7 @@
     python emoji/evaluate.py --lora none           # one step without the adaptors
     python emoji/evaluate.py --folder outputs      # any folder of samples (prompts are read from the pictures)
     python emoji/evaluate.py --calibrate           # what the measures say of real pictures damaged in known ways
+    python emoji/evaluate.py --halves              # how far one-step pictures in half precision are from float32's
 
 recognition  share of pictures that the evaluation net gives the class of their prompt
 Fréchet      distance between the evaluation net's features of the pictures and of real ones (as FID, with this net)
@@ -337,16 +338,20 @@ def main():
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--folder", type=Path, help="measure the PNGs in this folder instead of the model's")
     parser.add_argument("--calibrate", action="store_true", help="measure damaged real pictures instead")
+    parser.add_argument("--halves", action="store_true", help="compare half precision with float32 instead")
     args = parser.parse_args()
     folder = hipa.find_checkpoint(args.model)
     model = hipa.load(args.model)
     lora, weight = args.lora or own_lora(folder, args.steps)
     if lora:
         apply_lora(model, lora, weight)
-    own = folder if (folder / "renders.png").exists() else HERE  # real pictures
-    evaluation = Evaluation(model, OTHER_VIEWS if args.calibrate else args.per_class, own)
+    real = folder if (folder / "renders.png").exists() else HERE
+    evaluation = Evaluation(model, OTHER_VIEWS if args.calibrate else args.per_class, real)
     if args.calibrate:
         return calibrate(evaluation)
+    if args.halves:
+        own = args.lora or own_lora(folder, 1)
+        return halves(args.model, {"plain": None} | ({"with adaptors": own} if own[0] else {}), evaluation)
     print(HEADER)
     print(row("real", [evaluation.measure(*evaluation.real)]))
     quality = psnr(evaluation.copies, evaluation.real[0])
@@ -379,6 +384,24 @@ def calibrate(evaluation):
     for name, pictures in damaged.items():
         figures = [*evaluation.measure(pictures, labels), evaluation.difference(pictures, real)]
         print(row(name, [figures], (*FORMATS, "{:.3f}")), flush=True)
+
+
+def halves(model, adaptors, evaluation):
+    """A row for the model of that name plain and with its adaptors: one picture of every class, the networks in half
+    precision, beside the same in float32. `adaptors`: {name of the row: (path, weight) or None}"""
+    print("| one step | | PSNR | mean error, grey levels | DISTS |\n|---|---|---|---|---|")
+    for name, lora in adaptors.items():
+        drawn = {}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            parts = hipa.load(model, dtype=dtype)
+            if lora:
+                apply_lora(parts, *lora)
+            drawn[dtype] = draw(parts, evaluation, 1, 1.0, 0, 1)[0].float().clamp(-1, 1)
+        exact = drawn.pop(torch.float32)
+        for dtype, pictures in drawn.items():
+            error = (pictures - exact).abs().mean().item() * 127.5
+            figures = f"{psnr(pictures, exact):.1f} dB | {error:.2f} | {evaluation.difference(pictures, exact):.4f}"
+            print(f"| {name} | {str(dtype).removeprefix('torch.')} | {figures} |", flush=True)
 
 
 def read_folder(folder, glyphs):

@@ -4,7 +4,8 @@
     python emoji/results.py jobs speed     # these anew
 
 A table's place is between `<!-- name -->` and `<!-- / -->`. What the commands printed is kept in `runs/results`. Leave
-the machine alone meanwhile: speed is measured, and peers are trained for equal time.
+the machine alone meanwhile: speed is measured, and peers are trained for equal time. Two tables are of copies of the
+model, which make.py trains first, with the font that it names.
 """
 
 import argparse
@@ -21,12 +22,22 @@ from lora import write_file  # noqa: E402
 from sample import run  # noqa: E402
 
 PAGES = [ROOT / "docs" / "results.md", ROOT / "README.md"]
-TABLES = {  # name: (command, minutes of two cores that do nothing else)
-    "measures": ("emoji/evaluate.py --calibrate", 1),
-    "table": ("emoji/table.py --share 0.33", 40),
-    "jobs": ("emoji/jobs.py", 30),
-    "speed": ("emoji/bench.py command pictures small train large load", 10),
-}
+COPY = "-m torch.distributed.run --nproc_per_node 2 emoji/make.py --device cpu --improve"
+OF_COPY = "emoji/table.py --share 0.33 --model emoji/build/"
+TABLES = {  # name: (commands, of which the last prints it; minutes of two cores that do nothing else)
+    "measures": (["emoji/evaluate.py --calibrate"], 1),
+    "table": (["emoji/table.py --share 0.33"], 90),
+    "varied": ([f"{COPY} varied 30", f"{OF_COPY}varied --rows hipa as-the-paper-trains regression-of-latents"], 100),
+    "epsilon": (
+        [f"{COPY} epsilon 10", f"{OF_COPY}epsilon --trainings 1 --rows hipa the-latents-error-at-weight-20"], 30
+    ),
+    "halves": (["emoji/evaluate.py --halves"], 2),
+    "halves-epsilon": (
+        ["emoji/evaluate.py --halves --model emoji/build/epsilon --lora runs/table-epsilon/hipa-0-363"], 2
+    ),
+    "jobs": (["emoji/jobs.py"], 30),
+    "speed": (["emoji/bench.py command pictures small train large load"], 10),
+}  # fmt: skip
 OF_MAIN = "**HiPA**", "as the paper trains", "regression of latents", "LCM-LoRA"
 COLUMNS = 7  # of the README
 IN_README = "25 steps", "plain 1 step", "the shipped", *OF_MAIN
@@ -74,8 +85,10 @@ def main():
     print(f"{', '.join(missing) or 'nothing'}: about {minutes} minutes", file=sys.stderr)
     hipa.writable(args.out)
     for name in missing:
-        command, state = TABLES[name][0], commit()
-        write_file(kept[name], f"`python {command}`, at {state}:\n\n{output(command)}\n".encode())
+        commands, state = TABLES[name][0], commit()
+        printed = [output(command) for command in commands][-1]
+        how = ", then ".join(f"`python {command}`" for command in commands)
+        write_file(kept[name], f"{how}, at {state}:\n\n{printed}\n".encode())
     for name in names:
         text = kept[name].read_text("utf-8")
         put(PAGES[0], name, text)

@@ -54,6 +54,7 @@ MORE = {
     "rank 4": (["--rank", "4"], 1110, [1]),
     "rank 64": (["--rank", "64", "--lr", "2e-3"], 880, [1]),
     "attention only": (["--layers", "attention"], 1310, [1]),
+    "the latents' error at weight 20": (["--latent", "20"], 1100, [1]),
 }
 
 
@@ -163,11 +164,14 @@ def main():
     if jobs:
         print(f"{len(jobs)} trainings, about {minutes:.0f} minutes where nothing else runs", file=sys.stderr)
         with ThreadPoolExecutor(args.jobs) as pool:
-            train(folder_of(out, "targets", 0, 1), args.model, "targets", [])  # which the others share
-            if any("--paper" in variants[name][0] for _, name in jobs):
-                train(folder_of(out, "targets of the paper", 0, 1), args.model, "targets of the paper", ["--paper"])
-            for task in [pool.submit(train, folder, args.model, name, variants[name][0]) for folder, name in jobs]:
-                task.result()
+            options = {name: variants[name][0] for _, name in jobs} | {"targets": []}
+            if any("--paper" in of_row for of_row in options.values()):
+                options["targets of the paper"] = ["--paper"]
+            first = [(folder_of(out, name, 0, 1), name) for name in options if name.startswith("targets")]
+            for trainings in (first, jobs):  # the first make targets, which the others share
+                tasks = [pool.submit(train, folder, args.model, name, options[name]) for folder, name in trainings]
+                for task in tasks:
+                    task.result()
 
     frozen = load(args.model)
     evaluation, seeds = Evaluation(frozen, PER_CLASS, checkpoint), range(args.seeds)

@@ -25,7 +25,7 @@ def pages(tmp_path, monkeypatch):
     for page in there:
         page.write_text("before\n\n<!-- table -->\nold\n<!-- / -->\n\nafter\n")
     monkeypatch.setattr(results, "PAGES", there)
-    monkeypatch.setattr(results, "TABLES", {"table": (str(script), 7)})
+    monkeypatch.setattr(results, "TABLES", {"table": ([str(script)], 7)})
     monkeypatch.setattr(results, "commit", lambda: "1234567")
     return there
 
