@@ -1,4 +1,7 @@
-"""Remakes the README's pictures from the embedded model: `python emoji/figures.py` (needs matplotlib)."""
+"""Remakes the pictures in `docs/` from the embedded model: `python emoji/figures.py` (needs matplotlib).
+
+`varied.png` is drawn too where `python emoji/results.py varied` has trained what it shows.
+"""
 
 import sys
 from pathlib import Path
@@ -35,10 +38,10 @@ def save_strip(pictures, columns, path):
     print(path)
 
 
-def real(prompts):
-    """A real picture of what each prompt names: (N, 3, 64, 64) in [-1, 1]"""
+def real(prompts, folder=HERE):
+    """A real picture of what each prompt names, from the folder's sheet: (N, 3, 64, 64) in [-1, 1]"""
     glyphs = read_glyphs()
-    pictures = real_pictures(glyphs)[1][0].unflatten(0, (len(glyphs), -1))[:, 0]
+    pictures = real_pictures(glyphs, folder)[1][0].unflatten(0, (len(glyphs), -1))[:, 0]
     return pictures[[class_of(prompt, glyphs) for prompt in prompts]]
 
 
@@ -57,11 +60,21 @@ def jobs_strip(rows, path):
     save_strip(to_pil(torch.stack(sheet)), 12, path)
 
 
-def strip(rows, path):
+def strip(rows, path, folder=HERE):
     """One column a prompt, one row a way of drawing it, all from the same noise; the last row is of real pictures."""
     seeds = range(len(PROMPTS))
     drawn = [hipa.sample(model, PROMPTS, seeds, *how) for model, *how in rows.values()]
-    save_strip(to_pil(torch.cat([*drawn, real(PROMPTS)])), len(PROMPTS), path)
+    save_strip(to_pil(torch.cat([*drawn, real(PROMPTS, folder)])), len(PROMPTS), path)
+
+
+def varied_strip(path, folder=HERE / "build" / "varied", trainings=HERE.parent / "runs" / "table-varied"):
+    """The copy of the model whose pictures vary more: adaptors trained in three ways, then its 25 steps."""
+    rows = {}
+    for name in ("regression-of-latents", "as-the-paper-trains", "hipa"):
+        rows[name] = hipa.load(folder), 1, 1.0
+        apply_lora(rows[name][0], next(trainings.glob(f"{name}-0-*")) / LORA_NAME)
+    rows["25 steps"] = hipa.load(folder), 25, hipa.GUIDANCE["emoji"]
+    strip(rows, path, folder)
 
 
 def contact_sheet(model, path):
@@ -111,6 +124,8 @@ def main():
     jobs_strip(rows, DOCS / "jobs.png")
     spectrum(rows, DOCS / "spectrum.png")
     contact_sheet(frozen, DOCS / "contact_sheet.png")
+    if (HERE.parent / "runs" / "table-varied").exists():
+        varied_strip(DOCS / "varied.png")
 
 
 if __name__ == "__main__":
