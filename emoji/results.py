@@ -4,7 +4,7 @@
     python emoji/results.py jobs speed     # these anew
 
 A table's place is between `<!-- name -->` and `<!-- / -->`. What the commands printed is kept in `runs/results`. Leave
-the machine alone meanwhile: speed is measured, and peers are trained for equal time. Two tables are of copies of the
+the machine alone meanwhile: speed is measured, and peers are trained for equal time. One table is of a copy of the
 model, which make.py trains first, with the font that it names.
 """
 
@@ -23,21 +23,18 @@ from sample import run  # noqa: E402
 
 PAGES = [ROOT / "docs" / "results.md", ROOT / "README.md"]
 COPY = "-m torch.distributed.run --nproc_per_node 2 emoji/make.py --device cpu --improve"
-OF_COPY = "emoji/table.py --share 0.33 --model emoji/build/"
+OF_VARIED = "hipa without-both without-the-energy-term without-all-three as-the-paper-trains regression-of-latents"
 TABLES = {  # name: (commands, of which the last prints it; minutes of two cores that do nothing else)
     "measures": (["emoji/evaluate.py --calibrate"], 1),
     "table": (["emoji/table.py --share 0.33"], 90),
-    "varied": ([f"{COPY} varied 30", f"{OF_COPY}varied --rows hipa as-the-paper-trains regression-of-latents"], 100),
-    "epsilon": (
-        [f"{COPY} epsilon 10", f"{OF_COPY}epsilon --trainings 1 --rows hipa the-latents-error-at-weight-20"], 30
+    "varied": (
+        [f"{COPY} varied 30", f"emoji/table.py --share 0.33 --model emoji/build/varied --rows {OF_VARIED}"],
+        105,
     ),
-    "halves": (["emoji/evaluate.py --halves"], 2),
-    "halves-epsilon": (
-        ["emoji/evaluate.py --halves --model emoji/build/epsilon --lora runs/table-epsilon/hipa-0-363"], 2
-    ),
+    "halves": (["emoji/evaluate.py --halves"], 3),
     "jobs": (["emoji/jobs.py"], 30),
     "speed": (["emoji/bench.py command pictures small train large load"], 10),
-}  # fmt: skip
+}
 OF_MAIN = "**HiPA**", "as the paper trains", "regression of latents", "LCM-LoRA"
 COLUMNS = 7  # of the README
 IN_README = "25 steps", "plain 1 step", "the shipped", *OF_MAIN

@@ -33,7 +33,7 @@ from lcm import sample_consistency  # noqa: E402
 from lora import load_lora  # noqa: E402
 from sample import LORA_NAME, apply_lora, integer, number, run, slug  # noqa: E402
 
-MINUTES = 6  # of one thread for 1,100 of HiPA's updates
+MINUTES = 15  # of one thread for 1,100 of HiPA's updates, without AVX-512
 ALIKE = ["--data", "emoji", "--pairs", "1024", "--lr", "4e-3"]  # in every training; short ones want a larger rate
 ONLY_LATENT = [*"--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0".split()]
 MAIN = {  # name: (options of train.py, updates that take as long as 1,100 of HiPA's, steps to draw in)
