@@ -230,6 +230,24 @@ def test_a_table_of_a_copy(quick_table, monkeypatch, capsys, tmp_path):
     assert folders == [tmp_path / "varied"]
 
 
+def test_halves(model, monkeypatch, capsys):
+    """float16 is nearer to float32 than bfloat16 is; the adaptors' row is of other pictures."""
+    drawn = []
+
+    def two(parts, *_):
+        drawn.append(hipa.sample(parts, ["a cat", "an owl"], [0, 1], 1, 1.0))
+        return drawn[-1], None
+
+    monkeypatch.setattr(evaluate, "draw", two)
+    adaptors = {"plain": None, "with adaptors": (EMOJI / sample.LORA_NAME, 1.0)}
+    evaluate.halves("emoji", adaptors, evaluate.Evaluation(model, 1))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [cells[1] for cells in rows] == ["bfloat16", "float16"] * 2
+    quality = [float(cells[2].removesuffix(" dB")) for cells in rows]
+    assert 40 < quality[0] < quality[1] - 10 and 40 < quality[2] < quality[3] - 10
+    assert (drawn[0] - drawn[3]).abs().mean() > 0.01
+
+
 def test_radial_power():
     """A wave of 8 cycles across the picture has its power in bin 8, whichever way it runs."""
     angle = torch.arange(64) * 2 * torch.pi * 8 / 64
