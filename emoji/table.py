@@ -31,7 +31,7 @@ import hipa  # noqa: E402
 from evaluate import FORMATS, HEADER, Evaluation, draw, row  # noqa: E402
 from lcm import sample_consistency  # noqa: E402
 from lora import load_lora  # noqa: E402
-from sample import LORA_NAME, apply_lora, integer, number, run, slug  # noqa: E402
+from sample import LORA_NAME, apply_lora, integer, number, own_lora, run, slug  # noqa: E402
 
 MINUTES = 15  # of one thread for 1,100 of HiPA's updates, without AVX-512
 ALIKE = ["--data", "emoji", "--pairs", "1024", "--lr", "4e-3"]  # in every training; short ones want a larger rate
@@ -140,7 +140,7 @@ def measure(name, folders, evaluation, seeds, steps, model_name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji", help="(%(default)s)")
-    parser.add_argument("--out", type=Path, help="(runs/table)")
+    parser.add_argument("--out", type=Path, help="(runs/table; of a copy: runs/table-NAME)")
     parser.add_argument("--rows", nargs="+", choices=[slug(name) for name in MAIN | MORE], help="only these")
     parser.add_argument("--seeds", type=integer(1), default=3, help="of the measured pictures' noise (%(default)s)")
     parser.add_argument("--jobs", type=integer(1), default=2, help="trainings at a time (%(default)s)")
@@ -180,9 +180,10 @@ def main():
         many = (evaluation.many_steps(seed, PER_CLASS) for seed in seeds)
         print_row("25 steps", of_pictures(evaluation, many))
         models = {"plain 1 step": frozen}
-        if (checkpoint / LORA_NAME).exists():
+        lora, _ = own_lora(checkpoint, 1)
+        if lora:
             models["the shipped adaptors, 1 step"] = load(args.model)
-            apply_lora(models["the shipped adaptors, 1 step"], checkpoint / LORA_NAME)
+            apply_lora(models["the shipped adaptors, 1 step"], lora)
         for name, model in models.items():
             drawn = (draw(model, evaluation, 1, 1.0, seed, PER_CLASS) for seed in seeds)
             print_row(name, of_pictures(evaluation, drawn))
