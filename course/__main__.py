@@ -3,7 +3,7 @@
 In the students' folder:
     python course                        # the board: what is done, what is next
     python course check 5                # checks exercise 5; before it is begun: what is to be done
-    python course check 5 --picture      # what your code of exercise 5 draws
+    python course check 5 --picture      # a picture of what your code of exercise 5 makes
     python course project A FOLDER       # the score of a project
 
 In the project, for teachers:
@@ -18,7 +18,6 @@ import argparse
 import base64
 import json
 import os
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -59,7 +58,7 @@ def board(project):
     if begun or fresh:
         print(f"Next: python course check {[*begun, *fresh][0]}")
     else:
-        print('All done. Draw with your own code: python sample.py "a cat"')
+        print('All done. This runs your own code: python sample.py "a cat"')
 
 
 def row(exercise):
@@ -193,7 +192,7 @@ def wrapped(text, first, then):
 
 
 def show(exercise, event):
-    """Saves the picture under a name of its own, and draws it in the terminal where that has colours."""
+    """Saves the picture under a name of its own."""
     number, name = exercise.number, exercise.path.stem.split("_")[1]
     try:
         OUTPUTS.mkdir(exist_ok=True)
@@ -204,15 +203,12 @@ def show(exercise, event):
                 break
     except OSError as error:
         raise UserError(f"cannot write to {OUTPUTS}: {error.strerror}") from None
-    if sys.stdout.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit"):
-        print(event["ansi"], end="")
     print(f"{os.path.relpath(path)}\n\n{event['words']}")
 
 
 # --------------------------------------------------------------------------------------------------------- for teachers
 def grade(project, folder, seed, out):
-    """Checks all exercises of a student's folder; with `out` also writes Gradescope's results.json, from the
-    start on."""
+    """Checks all exercises of a student's folder. With `out` it writes Gradescope's results.json, from the start on."""
     tests = [
         {"number": str(e.number), "name": e.TITLE, "score": 0, "max_score": e.POINTS, "output": "not graded"}
         for e in project.exercises
@@ -276,27 +272,23 @@ def prove_all(number, seeds):
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help shows all options)")
+
+
 def parse_args(argv, is_cut):
     """In a students' folder, where `is_cut`, only what works there is offered."""
     text = __doc__.split("\nIn the project")[0] if is_cut else __doc__
-    parser = argparse.ArgumentParser(
-        "python course", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python course", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name, words):
-        sub = commands.add_parser(name, help=words, description=words)
-        sub.error = lambda message: sub.exit(2, f"error: {clearer(message)} (--help shows all options)\n")
-        return sub.add_argument
+        return commands.add_parser(name, help=words, description=words).add_argument
 
-    def clearer(message):
-        about_n = re.search(r"(required:|argument) N\b", message)
-        return "N is 1 to 12; the board is `python course`" if about_n else message
-
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help shows all options)\n")
     add = command("check", "checks an exercise; before it is begun: what is to be done")
     add("number", type=int, metavar="N", help="its number, 1 to 12")
-    add("--picture", action="store_true", help="draws what your code makes, right or wrong, instead")
+    add("--picture", action="store_true", help="saves a picture of what your code makes, right or wrong")
     if not is_cut:
         add = command("cut", "makes the students' folder")
         add("folder", type=Path, help="a new folder, or a new .zip file")
@@ -344,9 +336,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -189,6 +189,13 @@ class Course:
             found[target] = Answer(parsed(text))
         return found
 
+    def run_mistake(self, exercise, mistake, seed):
+        """`run` of a known mistake, once for each seed."""
+        key = mistake["name"], seed
+        if key not in self.of_mistakes:
+            self.of_mistakes[key] = self.run(exercise, self.mistaken(mistake), seed)
+        return self.of_mistakes[key]
+
     def diagnose(self, exercise, results, target, seed=0):
         """The known mistake that gives what the student's function gives in every check that failed; else None.
 
@@ -204,10 +211,7 @@ class Course:
         for mistake in exercise.mistakes.values():
             if target not in mistake["code"]:
                 continue
-            key = mistake["name"], target, seed
-            if key not in self.of_mistakes:
-                self.of_mistakes[key] = self.run(exercise, {target: self.mistaken(mistake)[target]}, seed)
-            theirs = {n: r[1] for n, r in self.of_mistakes[key].items() if r[0]}
+            theirs = {n: r[1] for n, r in self.run_mistake(exercise, mistake, seed).items() if r[0]}
             alike = {n for n in failed if n in theirs and difference(failed[n], theirs[n]) is None}
             if theirs.keys() == failed.keys() == alike:
                 return mistake

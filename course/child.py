@@ -98,9 +98,7 @@ def place_of(error, paths):
 
 
 def picture(course, exercise, request):
-    """What the student sees at the end: drawn with the student's own functions. -> {"png": base64, "words", "ansi"}"""
-    import contextlib
-
+    """What the student sees at the end, made with the student's own functions. -> {"png": base64, "words"}"""
     from checks import PICTURE_SECONDS, TimeLimit, Wrong
     from cutting import Answer, answers
 
@@ -113,13 +111,9 @@ def picture(course, exercise, request):
         where = place_of(error, set(request["paths"].values()))
         says = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}{where}"
         return {"failed": f"no picture: {says}"}
-    file, ansi = io.BytesIO(), io.StringIO()
+    file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
-    small = image.convert("RGB")
-    small.thumbnail((120, 200))
-    with contextlib.redirect_stdout(ansi):
-        course.reference.sample.show(small)
-    return {"png": base64.b64encode(file.getvalue()).decode(), "words": words, "ansi": ansi.getvalue()}
+    return {"png": base64.b64encode(file.getvalue()).decode(), "words": words}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ once.
 """
 
 import ast
+import functools
 import hashlib
 import re
 import textwrap
@@ -16,6 +17,7 @@ from pathlib import Path
 FILES = {name: f"{name}.py" for name in ("clip", "unet", "vae", "lora", "losses", "hipa", "sample", "train")}
 FILES["evaluate"] = "emoji/evaluate.py"
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+parse = functools.lru_cache(ast.parse)  # for trees that are only read
 
 
 class Problem(Exception):
@@ -75,7 +77,7 @@ def find(tree, name):
 def source_of(target, texts):
     """The text of a function, from its first decorator to its end. `texts`: {module: text}."""
     module, name = split(target)
-    _, node = find(ast.parse(texts[module]), name)
+    _, node = find(parse(texts[module]), name)
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     return "\n".join(texts[module].splitlines()[first - 1 : node.end_lineno]) + "\n"
 
@@ -129,7 +131,7 @@ def line_of(target, texts):
     """The line on which a function begins in a student's file, or None."""
     module, name = split(target)
     try:
-        return find(ast.parse(texts[module]), name)[1].lineno
+        return find(parse(texts[module]), name)[1].lineno
     except (KeyError, SyntaxError, ValueError):
         return None
 
@@ -169,16 +171,16 @@ def read_answer(target, texts, reference):
     if text is None:
         raise Problem(f"{file} is missing")
     try:
-        tree = ast.parse(text)
+        tree = parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return Answer(lift(text, name, file, error))
     try:
         holder, node = find(tree, name)
     except KeyError:
         raise Problem(f"{file} has no {name} any more: the function's name and place must stay") from None
-    old = ast.parse(reference[module])
+    old = parse(reference[module])
     names = {n.name for n in old.body if hasattr(n, "name")}
-    known = {ast.unparse(n) for n in old.body}
+    known = {ast.unparse(n) for n in old.body if not hasattr(n, "name")}
     kinds = (*FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign)
     extras = [n for n in tree.body if isinstance(n, kinds) and getattr(n, "name", None) not in names]
     extras = [n for n in extras if ast.unparse(n) not in known]

@@ -1,10 +1,42 @@
-"""Line charts and sheets for the exercises' pictures, with Pillow alone."""
+"""What the exercises' pictures are made of: real pictures, the adapted model, line charts and sheets."""
 
 import math
 
+import torch
 from PIL import Image, ImageDraw
 
 COLOURS = ["#c03030", "#2060c0", "#208040", "#808080", "#c08020", "#8030a0"]
+
+
+def real(m, name):
+    """The first real picture of a thing such as "a cat", the first of its names in emoji/prompts.txt: (1, 3, 64, 64)"""
+    lines = (m.hipa.SHORT_NAMES["emoji"] / "prompts.txt").read_text("utf-8").splitlines()
+    names = [line.split(" ", 1)[1].split(",")[0] for line in lines if line and not line.startswith("#")]
+    sheet = Image.open(m.hipa.SHORT_NAMES["emoji"] / "renders.png").convert("RGB")  # a row for each thing
+    top = 64 * names.index(name)
+    return m.sample.to_tensor(sheet.crop((0, top, 64, top + 64)))[None]
+
+
+def adaptors(m, model):
+    """HiPA's adaptors of the embedded model: {module path: (A, B)}"""
+    return m.lora.load_lora(m.hipa.SHORT_NAMES["emoji"] / m.lora.LORA_NAME, model.unet)
+
+
+def sheet(m, pictures, columns):
+    """Pictures (B, 3, H, W) in [-1, 1], or PIL pictures -> one PIL picture, row by row, at twice their size"""
+    pictures = m.sample.to_pil(pictures) if isinstance(pictures, torch.Tensor) else pictures
+    picture = m.sample.grid(pictures, columns)
+    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
+
+
+def stack(*pictures):
+    """PIL pictures, one below the other."""
+    whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    y = 0
+    for each in pictures:
+        whole.paste(each, (0, y))
+        y += each.height
+    return whole
 
 
 def plot(series, x_label, y_label, logarithmic=False, size=(560, 260)):
@@ -38,18 +70,3 @@ def plot(series, x_label, y_label, logarithmic=False, size=(560, 260)):
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
         draw.text((right - 150, top + 14 * i), name, fill=colour)
     return chart
-
-
-def stack(*pictures):
-    """PIL pictures, one below the other."""
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    y = 0
-    for each in pictures:
-        sheet.paste(each, (0, y))
-        y += each.height
-    return sheet
-
-
-def twice(picture):
-    """A PIL picture at twice its size, each pixel four."""
-    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)

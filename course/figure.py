@@ -1,4 +1,4 @@
-"""Remakes docs/course.png: what the twelve exercises end in, drawn by the project's own functions."""
+"""Remakes docs/course.png: what the twelve exercises end in, made by the project's own functions."""
 
 from pathlib import Path
 

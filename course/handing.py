@@ -1,6 +1,5 @@
 """What a teacher hands out: the students' folder, and Gradescope's autograder."""
 
-import io
 import json
 import zipfile
 import zlib
@@ -9,15 +8,7 @@ from cutting import FILES, cut, split
 from running import HERE, ROOT, UserError, files_below
 
 PLAIN = ["requirements.txt", "LICENSE", ".gitignore", "losses.safetensors"]  # go into the students' folder as they are
-TEACHERS = (
-    "README.md",
-    "handout.md",
-    "handing.py",
-    "proof.py",
-    "figure.py",
-    "autograder",
-    "mistakes",
-)  # of course/: do not
+TEACHERS = ["README.md", "handout.md", "handing.py", "proof.py", "figure.py", "autograder"]  # stay here
 
 
 def cut_folder(project, target):
@@ -81,16 +72,13 @@ def cut_autograder(project, target):
 
 
 def write_zip(files, target):
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path, data in files.items():
-            info = zipfile.ZipInfo(path, (2025, 1, 1, 0, 0, 0))  # the same bytes from the same project
-            info.compress_type, executable = zipfile.ZIP_DEFLATED, data.startswith(b"#!")
-            info.external_attr = (0o100755 if executable else 0o100644) << 16
-            archive.writestr(info, data)
     try:
-        with open(target, "xb") as file:
-            file.write(packed.getvalue())
+        with open(target, "xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path, data in files.items():
+                info = zipfile.ZipInfo(path, (2025, 1, 1, 0, 0, 0))  # the same bytes from the same project
+                info.compress_type, executable = zipfile.ZIP_DEFLATED, data.startswith(b"#!")
+                info.external_attr = (0o100755 if executable else 0o100644) << 16
+                archive.writestr(info, data, compresslevel=1)  # most of it are weights, which hardly shrink
     except FileExistsError:
         raise UserError(f"{target} exists: name a new file; nothing is ever overwritten") from None
     except OSError as error:

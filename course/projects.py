@@ -1,6 +1,6 @@
 """The three projects: their rules, and the score of what a student hands in, measured in a process of its own.
 
-A student hands in a folder with A.py, B.py or C.py. The baselines are in `course/projects/`. The noise is drawn from
+A student hands in a folder with A.py, B.py or C.py. The baselines are in `course/projects/`. The noise is that of
 seeds that the teacher names; processor time, evaluations of the network and the number of weights are counted.
 """
 
@@ -14,7 +14,7 @@ RULES = {
 train(model, prompts) -> {module path: (A, B)}, in at most 10 minutes of processor time; at most 324,000 numbers.
 One step with it must have edges of 0.90 or more. Score: the Fréchet distance to real pictures.""",
     "B": """Four evaluations.
-draw(model, prompts, x) -> pictures, without training anything. At most four evaluations of the network for each
+sample(model, prompts, x) -> pictures, without training anything. At most four evaluations of the network for each
 picture; a guided step counts as two. Score: the Fréchet distance to real pictures.""",
     "C": """A gentle edit.
 edit(model, pictures, prompts, eps) -> pictures, with one evaluation of the network (its adaptors are merged). At least
@@ -98,15 +98,15 @@ def measure_b(m, answer, clock, seed):
 
     model = m.load("emoji")
     before = [p.clone() for p in model.unet.parameters()]
-    counter, drawn = Counter(model), 0
+    counter, count = Counter(model), 0
 
-    def draw(prompts, x):
-        nonlocal drawn
-        drawn += len(x)
-        return clock(answer.draw, model, prompts, x)
+    def sample(prompts, x):
+        nonlocal count
+        count += len(x)
+        return clock(answer.sample, model, prompts, x)
 
-    recognised, frechet, edges = measure(model, draw, seed)
-    each = counter.count / drawn
+    recognised, frechet, edges = measure(model, sample, seed)
+    each = counter.count / count
     broken = [f"{each:g} evaluations are more than 4"] if each > 4 else []
     if not all(torch.equal(p, q) for p, q in zip(before, model.unet.parameters())):
         broken.append("the network's weights have changed")
@@ -119,8 +119,8 @@ def measure_c(m, answer, clock, seed):
 
     from evaluate import Evaluation, real_pictures
     from lora import load_lora, merge
+    from sample import to_pil, to_tensor
     from train import load_distance
-    from vae import to_pil, to_tensor
 
     model = m.load("emoji")
     folder = m.find_checkpoint("emoji")
@@ -148,18 +148,19 @@ def measure_c(m, answer, clock, seed):
     return figures | {"DISTS to the source": f"{far:.3f}"}, far, broken
 
 
-def measure(model, draw, seed):
-    """draw(prompts, x) -> recognition in %, Fréchet distance and energy at edges of its pictures of all things."""
-    import evaluate
+def measure(model, make, seed):
+    """make(prompts, x) -> recognition in %, Fréchet distance and energy at edges of its pictures of all things."""
+    import torch
+
     import hipa
+    from evaluate import Evaluation
 
-    def sample(_, prompts, seeds, *__):
-        return draw(list(prompts), hipa.noise(seeds, 4, 16, 16))
-
-    evaluation = evaluate.Evaluation(model, PER_CLASS)
-    pictures, labels = evaluate.draw(model, evaluation, 1, 1, seed, PER_CLASS, sample=sample)
-    recognised, frechet, edges, *_ = evaluation.measure(pictures, labels)
-    return recognised, frechet, edges
+    evaluation = Evaluation(model, PER_CLASS)
+    labels = torch.arange(len(evaluation.glyphs)).repeat_interleave(PER_CLASS)
+    prompts = [evaluation.glyphs[k][1][0] for k in labels]
+    x = hipa.noise([1_000_000 * (seed + 1) + k for k in range(len(labels))], 4, 16, 16)
+    pictures = torch.cat([make(prompts[i : i + 24], x[i : i + 24]) for i in range(0, len(labels), 24)])
+    return evaluation.measure(pictures, labels)[:3]
 
 
 def main():

@@ -68,7 +68,7 @@ def prove(course, exercise, seed):
     if len(exercise.mistakes) < 5:
         problems.append(f"only {len(exercise.mistakes)} mistakes")
     for mistake in exercise.mistakes.values():
-        results = course.run(exercise, course.mistaken(mistake), seed)
+        results = course.run_mistake(exercise, mistake, seed)
         failed = [name for name, r in results.items() if r[0]]
         useful |= set(failed)
         if mistake["caught"] not in failed:

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +17,8 @@ from cutting import FILES, Problem, answers, exercises
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SEALED = (
-    HERE / "sealed"
-)  # in a folder that `cut` made: the reference and the banks, packed so that nobody reads by chance
+SEALED = HERE / "sealed"  # where `cut` made the folder: reference and banks, packed so that nobody reads by chance
+PARSING = threading.Lock()  # Python 3.11's ast.parse fails now and then where two threads parse at once
 WALL_SECONDS, PICTURE_SECONDS = 120, 240  # for a loop that the child's own limit does not reach, or sleep()
 # Of emoji/, what exercises, sample.py and train.py read.
 EMOJI = [
@@ -102,7 +102,8 @@ class Result:
 
 def check(project, exercise, paths, texts, seed=0):
     """Checks one exercise of a student's files -> Result. Whatever the student's code does, there is one."""
-    written = answers(exercise, texts, project.texts)
+    with PARSING:
+        written = answers(exercise, texts, project.texts)
     result = Result(exercise, written)
     if len(result.problems) + sum(a is None for a in written.values()) == len(written):
         return result
@@ -133,9 +134,9 @@ def check_all(project, some, paths, texts, seed=0):
 
 
 def picture(project, exercise, paths, texts):
-    """-> {"png": base64, "words", "ansi", "printed"}. Raises UserError."""
+    """-> {"png": base64, "words", "printed"}. Raises UserError."""
     events, failed = ask(project, exercise, paths, texts, 0, picture=True)
-    failed = events[-1].get("failed", None) if events and "printed" in events[-1] else failed
+    failed = events[-1].get("failed") if events and "printed" in events[-1] else failed
     if failed:
         raise UserError(failed.replace("\n", "; "))
     return events[-1]

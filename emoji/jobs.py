@@ -1,23 +1,25 @@
-"""Measures editing, inpainting and super-resolution by the embedded model: plain one step, with the adaptors, 25 steps.
+"""Measures editing, inpainting and super-resolution by the embedded model: plain one step, with adaptors, 25 steps.
 
     python emoji/jobs.py                            # all; half an hour on two cores
     python emoji/jobs.py inpainting                 # one of: editing, inpainting, super-resolution, tiles
+    python emoji/jobs.py editing --lora runs/a runs/b runs/c     # HiPA's rows only, of other adaptors
 
-The pictures are the real ones of `renders.png`: one of each class, and others in every repetition.
+The pictures are the real ones of `renders.png`: one of each class, and others in every repetition. A row shows the mean
+and half the spread over repetitions; with several adaptors, over the adaptors.
 
 recognition, Fréchet, edges   as in `evaluate.py`
-DISTS    distance to the picture that the job began with, by the net that training uses: when editing, to what was
-         edited (what stays of it); after inpainting and super-resolution, to the real picture
-seam     mean step over the rim of the hole, relative to that of the real pictures; 1 is no seam
-PSNR     to the real picture, in dB
+DISTS, PSNR (dB)              to the real picture that the job began with; DISTS is by the net that training uses
+seam                          mean step over the rim of the hole, relative to that of the real pictures; 1 is no seam
 """
 
 import argparse
+import itertools
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -25,187 +27,139 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import hipa  # noqa: E402
 from evaluate import OTHER_VIEWS, SIZE, Evaluation, psnr, real_pictures, row  # noqa: E402
-from hipa import STRENGTH  # noqa: E402
-from sample import apply_lora, integer, own_lora, run  # noqa: E402
+from sample import Parser, apply_lora, find_lora, number, run, to_pil, to_tensor  # noqa: E402
 from train import load_distance  # noqa: E402
-from vae import to_pil, to_tensor  # noqa: E402
 
-BATCH = 37
+DIGITS = {"recognition, %": 1, "Fréchet": 2, "edges": 2, "DISTS": 3, "PSNR": 1, "seam": 2}  # after the point
+ENLARGED = ["PSNR", "DISTS", "recognition, %", "Fréchet", "edges"]
 
 
 class Bench:
     """The models, the pictures and the nets that measure."""
 
-    def __init__(self):
-        folder = hipa.find_checkpoint("emoji")
-        self.plain, self.adapted = hipa.load("emoji"), hipa.load("emoji")
-        apply_lora(self.adapted, *own_lora(folder, 1))
-        self.evaluation = Evaluation(self.plain, per_class=1)
+    def __init__(self, loras, repetitions):
+        folder, plain = hipa.find_checkpoint("emoji"), hipa.load("emoji")
+        adapted = [hipa.load("emoji") for _ in loras or [None]]
+        for model, lora in zip(adapted, loras or [None]):
+            apply_lora(model, *find_lora(lora, folder, 1))
+        self.ways = {"**HiPA, 1 step**": (adapted, 1)}  # {name: (models, steps)}
+        if not loras:
+            self.ways = {"plain 1 step": ([plain], 1), **self.ways, "25 steps": ([plain], 25)}
+        self.evaluation, self.repetitions = Evaluation(plain, per_class=1), repetitions
         self.distance = load_distance("dists", folder)
         _, (pictures, _) = real_pictures(self.evaluation.glyphs)
         self.views = pictures.unflatten(0, (-1, OTHER_VIEWS))  # (classes, views, 3, 64, 64)
         self.names = [names[0] for _, names in self.evaluation.glyphs]
-        self.labels = torch.arange(len(self.names))
 
-    def recognised(self, pictures, labels):
-        """[recognition in %, Fréchet, edges]"""
-        return self.evaluation.measure(pictures, labels)[:3]
+    def measure(self, pictures, sources, labels):
+        """{column: figure}, those of DIGITS. Pictures and sources (N, 3, 64, 64), labels (N,)."""
+        pictures = torch.stack([to_tensor(picture) for picture in to_pil(pictures)])  # as a PNG would hold them
+        dists = self.distance(pictures / 2 + 0.5, sources / 2 + 0.5).mean().item()
+        step, real = ((x[..., SIZE // 2] - x[..., SIZE // 2 - 1]).abs().mean().item() for x in (pictures, sources))
+        figures = [*self.evaluation.measure(pictures, labels)[:3], dists, psnr(pictures, sources), step / real]
+        return dict(zip(DIGITS, figures))
 
-    def dists(self, x, y):
-        return self.distance(x.clamp(-1, 1) / 2 + 0.5, y / 2 + 0.5).mean().item()
-
-    @staticmethod
-    def header(title, columns):
-        """Prints a table's head. Columns: {name: digits after the point}"""
+    def print_table(self, title, columns, ends, others=None, shift=0):
+        """ends: {end of a row's name: function (model, sources (N, 3, 64, 64), prompts=, seeds=, steps=) -> pictures}.
+        others: {name of a row: function (sources, **_)}. The prompts name the classes `shift` places on."""
         print(f"\n| {title} | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
-
-    def rows(self, columns, draw, measure, repetitions, others=(), end=""):
-        """Prints a table's rows. draw(model, sources, part, seeds, **options) -> pictures of the slice `part`;
-        measure(pictures, sources) -> figures. `others`: further rows, (name, function sources -> pictures); `end`: of
-        every name."""
-        ways = {
-            "plain 1 step": (self.plain, 1, 1.0), "**HiPA, 1 step**": (self.adapted, 1, 1.0),
-            "25 steps": (self.plain, 25, self.plain.guidance),
-        }  # fmt: skip
-
-        def drawn(model, steps, guidance, sources, k):
-            parts = [slice(i, min(i + BATCH, len(sources))) for i in range(0, len(sources), BATCH)]
-            seeds = [[2_000_000_000 + 1_000_000 * k + i for i in range(part.start, part.stop)] for part in parts]
-            options = {"steps": steps, "guidance": guidance}
-            return torch.cat([draw(model, sources, *job, **options) for job in zip(parts, seeds)])
-
-        rows = {name: lambda sources, k, f=f: f(sources) for name, f in others}
-        rows |= {name: lambda sources, k, way=way: drawn(*way, sources, k) for name, way in ways.items()}
-        for name, pictures in rows.items():
-            figures = []
-            for k in tqdm(range(repetitions), desc=name + end, leave=False):
+        labels = torch.arange(len(self.names)).roll(-shift)
+        prompts = [self.names[label] for label in labels]
+        rows = {name: [function] for name, function in (others or {}).items()}
+        for (end, make), (name, (models, steps)) in itertools.product(ends.items(), self.ways.items()):
+            rows[name + end] = [partial(make, model, steps=steps) for model in models]
+        for name, functions in rows.items():
+            table = np.zeros((len(functions), self.repetitions, len(columns)))
+            for f, k in tqdm(np.ndindex(table.shape[:2]), name, len(functions) * self.repetitions, leave=False):
                 sources = self.views[:, k % OTHER_VIEWS]
-                as_png = [to_tensor(picture) for picture in to_pil(pictures(sources, k))]
-                figures.append(measure(torch.stack(as_png), sources))
-            print(row(name + end, figures, [f"{{:.{digits}f}}" for digits in columns.values()]), flush=True)
+                seeds = [2_000_000_000 + 1_000_000 * k + i for i in range(len(sources))]
+                pictures = functions[f](sources, prompts=prompts, seeds=seeds)
+                figures = self.measure(pictures, sources[: len(pictures)], labels[: len(pictures)])
+                table[f, k] = [figures[column] for column in columns]
+            table = table.mean(axis=1) if len(functions) > 1 else table[0]
+            print(row(name, table, [f"{{:.{DIGITS[column]}f}}" for column in columns]), flush=True)
 
 
-def editing(bench, repetitions):
+def editing(bench):
     """Every picture becomes the thing seven classes on, which has nothing to do with what it was."""
-    labels = (bench.labels + 7) % len(bench.names)
-    prompts = [bench.names[label] for label in labels]
-    columns = {"recognition, %": 1, "Fréchet": 2, "edges": 2, "DISTS to the source": 3}
-    bench.header("editing", columns)
-    for strength in (0.5, 0.7, 0.9):
-
-        def draw(model, sources, part, seeds, strength=strength, **options):
-            return hipa.edit(model, sources[part], prompts[part], seeds, strength, **options)
-
-        def measure(pictures, sources):
-            return [*bench.recognised(pictures, labels), bench.dists(pictures, sources)]
-
-        bench.rows(columns, draw, measure, repetitions, end=f", strength {strength:g}")
+    ends = {f", strength {strength:g}": partial(hipa.edit, strength=strength) for strength in (0.5, 0.7, 0.9)}
+    bench.print_table("editing", ["recognition, %", "Fréchet", "edges", "DISTS"], ends, shift=7)
 
 
-def inpainting(bench, repetitions):
+def inpainting(bench):
     """The hole is the right half of every picture, and so of the thing in its middle."""
-    mask = torch.zeros(1, 1, SIZE, SIZE)
-    mask[..., SIZE // 2 :] = 1
-
-    def rim(pictures):
-        return (pictures[..., SIZE // 2] - pictures[..., SIZE // 2 - 1]).abs().mean().item()
-
-    def draw(model, sources, part, seeds, **options):
-        masks = mask.expand(len(seeds), -1, -1, -1)
-        return hipa.inpaint(model, sources[part], masks, bench.names[part], seeds, **options)
-
-    def measure(pictures, sources):
-        seam = rim(pictures) / rim(sources)
-        return [*bench.recognised(pictures, bench.labels), seam, bench.dists(pictures, sources)]
-
-    columns = {"recognition, %": 1, "Fréchet": 2, "edges": 2, "seam": 2, "DISTS": 3}
-    masks = mask.expand(len(bench.names), -1, -1, -1)
-    filled = ("the hole as it is filled first", lambda sources: hipa.fill(sources, masks))
-    bench.header(f"inpainting the right half, strength {STRENGTH['inpainting']:g}", columns)
-    bench.rows(columns, draw, measure, repetitions, [filled])
+    mask = torch.arange(SIZE).ge(SIZE // 2).float().expand(1, 1, SIZE, SIZE)
+    bench.print_table(
+        f"inpainting the right half, strength {hipa.STRENGTH['inpainting']:g}",
+        ["recognition, %", "Fréchet", "edges", "seam", "DISTS"],
+        {"": partial(hipa.inpaint, mask=mask)},
+        {"the hole as it is filled first": lambda sources, **_: hipa.fill(sources, mask)},
+    )
 
 
 def resize(x, side):
-    return F.interpolate(x, size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    return hipa.resize(x, (side, side)).clamp(-1, 1)
 
 
-def corrected(large, small):
-    """With the correction that `hipa.upscale` ends with: reduced, it is the small picture again."""
+def correct(large, small):
+    """What `hipa.upscale` ends with: reduced, the result is the small picture again."""
     return large + resize(small - resize(large, small.shape[3]), large.shape[3])
 
 
-def super_resolution(bench, repetitions):
+def bicubic(sources, side, corrected, **_):
+    small = resize(sources, side)
+    return correct(resize(small, SIZE), small) if corrected else resize(small, SIZE)
+
+
+def enlarge(model, sources, side, prompted, prompts, **options):
+    if not prompted:
+        prompts, options["guidance"] = [""] * len(prompts), 1.0
+    return hipa.upscale(model, resize(sources, side), SIZE // side, prompts, **options)
+
+
+def super_resolution(bench):
     """From 16 and 32 pixels to 64, with the prompt and without."""
-    strength = STRENGTH["super-resolution"]
-    columns = {"PSNR": 1, "DISTS": 3, "recognition, %": 1, "Fréchet": 2, "edges": 2}
-
-    def measure(pictures, sources):
-        return [psnr(pictures, sources), bench.dists(pictures, sources), *bench.recognised(pictures, bench.labels)]
-
     for side in (16, 32):
-        bench.header(f"{side} to {SIZE} pixels, strength {strength:g}", columns)
-
-        def bicubic(sources, side=side):
-            return resize(resize(sources, side), SIZE)
-
-        def corrected_bicubic(sources, side=side, bicubic=bicubic):
-            return corrected(bicubic(sources), resize(sources, side))
-
-        for with_prompt in (True, False):
-
-            def draw(model, sources, part, seeds, side=side, with_prompt=with_prompt, guidance=1.0, **options):
-                options |= {"strength": strength, "guidance": guidance if with_prompt else 1.0}
-                prompts = bench.names[part] if with_prompt else [""] * len(seeds)
-                return hipa.upscale(model, resize(sources[part], side), SIZE // side, prompts, seeds, **options)
-
-            others = [("bicubic", bicubic), ("bicubic, corrected", corrected_bicubic)] if with_prompt else []
-            bench.rows(columns, draw, measure, repetitions, others, end="" if with_prompt else ", no prompt")
+        title = f"{side} to {SIZE} pixels, strength {hipa.STRENGTH['super-resolution']:g}"
+        ends = {"": True, ", no prompt": False}
+        ends = {end: partial(enlarge, side=side, prompted=prompted) for end, prompted in ends.items()}
+        others = {"bicubic": False, "bicubic, corrected": True}
+        others = {name: partial(bicubic, side=side, corrected=corrected) for name, corrected in others.items()}
+        bench.print_table(title, ENLARGED, ends, others)
 
 
-def in_tiles(bench, repetitions):
+def tiles(bench):
     """Four pictures side by side, from 32 to 128 pixels: in tiles of 64, which lie across them, and in one piece."""
-    kept = [k for k in range(len(bench.names)) if k % BATCH < BATCH // 4 * 4]
-    strength = STRENGTH["super-resolution"]
+    strength = hipa.STRENGTH["super-resolution"]
 
-    def join(x):
-        x = x[: len(x) // 4 * 4].unflatten(0, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)  # (n, 3, row, 64, column, 64)
-        return x.flatten(4, 5).flatten(2, 3)
+    def in_one_piece(model, small, **options):
+        return correct(hipa.edit(model, resize(small, 2 * SIZE), strength=strength, **options), small)
 
-    def cut(x):
-        return x.unflatten(2, (2, SIZE)).unflatten(4, (2, SIZE)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    def of_four(make, model, sources, prompts, seeds, steps):
+        n = len(sources) // 4
+        x = sources[: 4 * n].unflatten(0, (n, 2, 2)).permute(0, 3, 1, 4, 2, 5)  # (n, 3, row, 64, column, 64)
+        small = resize(x.flatten(4, 5).flatten(2, 3), SIZE // 2)
+        large = make(model, small, prompts=[""] * n, seeds=seeds[:n], guidance=1.0, steps=steps)
+        return large.unflatten(2, (2, SIZE)).unflatten(4, (2, SIZE)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
-    def measure(pictures, sources):
-        recognised = bench.recognised(pictures, bench.labels[kept])
-        return [psnr(pictures, sources[kept]), bench.dists(pictures, sources[kept]), *recognised]
-
-    columns = {"PSNR": 1, "DISTS": 3, "recognition, %": 1, "Fréchet": 2, "edges": 2}
-    bench.header(f"four pictures in one, 32 to 128 pixels, strength {strength:g}, no prompt", columns)
-    for tiled in (True, False):
-
-        def draw(model, sources, part, seeds, guidance, tiled=tiled, **options):
-            large = join(sources[part])
-            small, seeds, prompts = resize(large, SIZE // 2), seeds[: len(large)], [""] * len(large)
-            if tiled:
-                return cut(hipa.upscale(model, small, 4, prompts, seeds, strength, **options))
-            large = resize(small, 2 * SIZE)
-            large = hipa.redraw(model, large, hipa.noise_for(model, large, seeds), prompts, strength, **options)
-            return cut(corrected(large, small))
-
-        bench.rows(columns, draw, measure, repetitions, end=", in tiles" if tiled else ", in one piece")
+    tiled = partial(hipa.upscale, scale=4)
+    ends = {", in tiles": partial(of_four, tiled), ", in one piece": partial(of_four, in_one_piece)}
+    bench.print_table(f"four pictures in one, 32 to 128 pixels, strength {strength:g}, no prompt", ENLARGED, ends)
 
 
-JOBS = {"editing": editing, "inpainting": inpainting, "super-resolution": super_resolution, "tiles": in_tiles}
+JOBS = {"editing": editing, "inpainting": inpainting, "super-resolution": super_resolution, "tiles": tiles}
 
 
 @torch.no_grad()
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", nargs="?", choices=JOBS, help="(all)")
-    parser.add_argument("--seeds", type=integer(1), default=3, help="repetitions, for the spread (%(default)s)")
-    args = parser.parse_args()
-    bench = Bench()
+    parser.add_argument("--lora", nargs="+", metavar="PATH", help="measure these adaptors only")
+    parser.add_argument("--seeds", type=number(int, 1, 100), default=3, help="repetitions (%(default)s)")
+    args = parser.parse_args(argv)
+    bench = Bench(args.lora, args.seeds)
     for name in [args.job] if args.job else JOBS:
-        JOBS[name](bench, args.seeds)
+        JOBS[name](bench)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python live --model sd15 --lora adaptors.safetensors --device cuda
 
 Python's own http.server and one page, index.html. It serves this machine only. The page asks in JSON and is answered in
-JSON; its pictures are the PNGs that sample.py writes. A mistake is answered by one sentence. From above: the adaptors'
-slider, what a request may say, the drawing, HTTP.
+JSON; its pictures are the PNGs that sample.py writes. A mistake is answered by one sentence. From top to bottom: the
+adaptors' slider; what a request may say; drawing; HTTP.
 """
 
 import argparse
@@ -35,10 +35,10 @@ from PIL.PngImagePlugin import PngInfo  # noqa: E402
 import hipa  # noqa: E402
 import sample  # noqa: E402
 from evaluate import radial_power  # noqa: E402
-from hipa import UserError  # noqa: E402
+from hipa import UserError, reading  # noqa: E402
 from lora import load_lora, merge  # noqa: E402
 from losses import high_pass, sobel  # noqa: E402
-from vae import to_pil, to_tensor  # noqa: E402
+from sample import number, to_pil, to_tensor  # noqa: E402
 
 MOST_BYTES = 16 * 2**20  # of a request's body
 MOST_PIXELS = 2**20  # of a picture from the page
@@ -111,7 +111,6 @@ def check(request):
         raise UserError("mask, scale and strength need an image, the picture that they are about")
     if fields["mask"] and fields["scale"]:
         raise UserError("mask and scale do not go together")
-    fields["prompt"] = sample.clean(fields["prompt"])
     return SimpleNamespace(**fields)
 
 
@@ -136,21 +135,18 @@ class Painter:
     """A loaded model, which draws one request at a time: always in the same thread, because each new one would start
     PyTorch's workers anew."""
 
-    def __init__(self, name, device="auto", dtype="auto", lora=None):
+    def __init__(self, name, device="auto", dtype=None, lora=None):
         device = sample.choose_device(device)
-        dtype = getattr(torch, dtype if dtype != "auto" else "float16" if device == "cuda" else "float32")
-        self.name, self.folder = name, hipa.find_checkpoint(name, half=dtype != torch.float32)
-        self.lora, self.weight = lora or sample.own_lora(self.folder, steps=1)
-        self.model = hipa.load(name, device, dtype)
-        try:
-            loras = load_lora(self.lora, self.model.unet) if self.lora else {}
-            self.fade = Fader(self.model.unet, loras)
+        dtype = getattr(torch, dtype or ("float16" if device == "cuda" else "float32"))
+        folder = hipa.find_checkpoint(name, half=dtype != torch.float32)
+        self.name, (self.lora, weight) = name, sample.find_lora(lora, folder, steps=1) or (None, None)
+        self.model = hipa.load(folder, device, dtype)
+        with reading(self.lora):
+            self.fade = Fader(self.model.unet, load_lora(self.lora, self.model.unet) if self.lora else {})
             self.fade(1)  # or they are for another network
-        except ValueError as error:
-            raise UserError(error) from None
         self.facts = {
             "model": name, "device": device, "side": self.model.side, "strength": hipa.STRENGTH, "radius": RADIUS,
-            "adaptors": min(max(self.weight, 0), 1.5) if self.lora else None,
+            "adaptors": min(max(weight, 0), 1.5) if self.lora else None,
         }  # fmt: skip
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.lock, self.newest = threading.Lock(), {}  # {page: number}
@@ -183,17 +179,16 @@ class Painter:
         mask = decode(asked.mask, "mask", lambda file: sample.read_mask(file, image.size)) if asked.mask else None
         if image and asked.scale and asked.scale**2 * image.width * image.height > MOST_TILES * self.model.side**2:
             raise UserError("the enlarged picture would be too large for a live page: sample.py has no such limit")
-        size = sample.picture_size(self.folder, like=image and image.size)
-        options = {"steps": asked.steps}
+        size, options = sample.picture_size(self.model, image=image), {"steps": asked.steps}
         if image:
             job = "super-resolution" if asked.scale else "inpainting" if mask else "editing"
             asked.strength = asked.strength or hipa.STRENGTH[job]
             options |= {"image": image, "mask": mask, "scale": asked.scale, "strength": asked.strength}
         if asked.steps > 1 or asked.scale:  # slow: stops in the midst of it. One step is finished, or no picture ever
-            options["progress"] = lambda places=1: self.outdated(asked)  # would be while the slider moves.
+            options["progress"] = lambda: self.outdated(asked)  # would be while the slider moves.
         self.fade(asked.adaptors)
         start = time.perf_counter()
-        (picture,) = sample.draw(self.model, [asked.prompt], [asked.seed], size, **options)
+        (picture,) = sample.make_pictures(self.model, [asked.prompt], [asked.seed], size, **options)
         step = time.perf_counter() - start
         answer = {
             "picture": png(picture, self.parameters(asked, size)),
@@ -210,21 +205,24 @@ class Painter:
         return answer
 
     def parameters(self, asked, size):
-        """What sample.py writes into the PNG. The page's pictures have no names."""
-        args = SimpleNamespace(
-            model=self.name, negative="", strength=asked.strength, scale=asked.scale,
-            image=asked.image and Path("image.png"), mask=asked.mask and Path("mask.png"),
-        )  # fmt: skip
+        """What sample.py writes into the PNG. The page's pictures have no names of their own."""
         guidance = self.model.guidance_at(asked.steps)
-        lora = (self.lora, asked.adaptors) if self.lora and asked.adaptors else (None, 0.0)
-        return sample.parameters(args, asked.prompt, asked.seed, asked.steps, guidance, size, lora)
+        metadata = {"Steps": asked.steps, "Sampler": "DPM++ 2M trailing", "CFG scale": f"{guidance:g}"}
+        metadata |= {"Size": f"{size[0]}x{size[1]}", "Model": self.name}
+        if self.lora and asked.adaptors:
+            metadata["Lora"] = f"{'/'.join(self.lora.parts[-2:])}:{asked.adaptors:g}"
+        if asked.image:
+            metadata |= {"Image": "image.png", "Denoising strength": f"{asked.strength:g}"}
+            metadata |= {"Mask": "mask.png"} if asked.mask else {"Scale": asked.scale} if asked.scale else {}
+        metadata["Seed"] = asked.seed
+        return f"{asked.prompt}\n" + ", ".join(f"{key}: {value}" for key, value in metadata.items())
 
 
 def png(picture, parameters=None):
     """PIL picture -> data URL; `parameters` as sample.py's files have them."""
     file, info = io.BytesIO(), PngInfo()
-    if parameters is not None:
-        info.add_text("parameters", parameters)
+    if parameters:
+        info.add_text("parameters", parameters.encode("utf-8", "replace").decode())
     picture.save(file, "PNG", pnginfo=info, compress_level=6 if parameters else 1)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
@@ -337,21 +335,19 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help shows all options)\n")
+    parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="emoji", help="a folder, a Hugging Face id, emoji, sd15, sd21, sd-turbo (%(default)s)")
-    add("--lora", type=sample.lora_weight, metavar="PATH[:WEIGHT]",
-        help=f'adaptors, or "none" ({sample.LORA_NAME} in the folder of the model, if there)')  # fmt: skip
+    add("--model", default="emoji", help="a folder, a Hugging Face id, emoji, sd15, sd21 (%(default)s)")
+    add("--lora", metavar="PATH[:WEIGHT]", help='adaptors, or "none" (those in the model\'s folder)')
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(%(default)s)")
-    add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
-        help="auto: float16 on cuda, else float32")  # fmt: skip
-    add("--port", type=sample.integer(0, 65535), default=8000, help="0: any that is free (%(default)s)")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="(float16 on cuda, else float32)")
+    add("--port", type=number(int, 0, 65535), default=8000, help="0: any that is free (%(default)s)")
     add("--open", action="store_true", help="open the page in the browser")
     return parser.parse_args(argv)
 
 
-def main(args):
+def main(argv=None):
+    args = parse_args(argv)
     try:
         server = Server(args.port)
     except OSError as error:
@@ -364,4 +360,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sample.run(main, parse_args())
+    sample.run(main)

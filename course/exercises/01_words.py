@@ -14,6 +14,8 @@ Tokenizer._bpe(word), in clip.py: a word, a string such as "cat" -> the list of 
 
 import random
 
+from PIL import Image, ImageDraw
+
 from checks import check
 
 TITLE = "Words become tokens"
@@ -77,9 +79,7 @@ def many(m, g):
 
 
 def show(m):
-    from PIL import Image, ImageDraw
-
-    tokenizer = m.clip.Tokenizer.load(m.evaluate.HERE / "tokenizer")
+    tokenizer = m.clip.Tokenizer.load(m.hipa.SHORT_NAMES["emoji"] / "tokenizer")
     sheet = Image.new("RGB", (520, 150), "white")
     draw, y = ImageDraw.Draw(sheet), 8
     for text in ("a cat on a blue background", "catastrophe", "strawberries and bees", "an unpronounceable word"):

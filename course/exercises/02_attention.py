@@ -17,6 +17,7 @@ Write it with matmul and softmax: F.scaled_dot_product_attention is what you are
 """
 
 import torch
+from PIL import Image, ImageDraw
 
 from checks import Wrong, check
 
@@ -86,8 +87,6 @@ def sharp(m, g):
 
 def show(m):
     """Where in the picture each word is looked at."""
-    from PIL import Image, ImageDraw
-
     model, prompt = m.hipa.load("emoji"), "a cat on a blue background"
     words = [word for word, _ in model.tokenizer.tokenize(prompt)]
     seen, blocks = [], [block for block in model.unet.modules() if isinstance(block, m.unet.TransformerBlock)]
@@ -107,12 +106,12 @@ def show(m):
         for hook in hooks:
             hook.remove()
         maps = torch.stack(seen).mean(0)[1 : len(words) + 1]
-        picture = m.vae.to_pil(model.decode(x0))[0]
+        picture = m.sample.to_pil(model.decode(x0))[0]
     tiles = [picture.resize((128, 128), 0)]
     for each in maps:
         each = (each - each.min()) / (each.max() - each.min() + 1e-9)
         tiles.append(Image.fromarray((each * 255).byte().numpy()).convert("RGB").resize((128, 128), 0))
-    sheet = m.vae.grid(tiles, columns=len(tiles))
+    sheet = m.sample.grid(tiles, columns=len(tiles))
     for k, word in enumerate(words):
         ImageDraw.Draw(sheet).text((128 * (k + 1) + 4, 2), word, fill="#ff4040")
     return sheet, (

@@ -17,8 +17,10 @@ All layers are in self. x itself must stay as it is, for the way up of the UNet 
 """
 
 import torch
+from PIL import Image
 
 from checks import Wrong, check
+from drawing import stack
 
 TITLE = "Time, and the residual block"
 MINUTES = 35
@@ -104,10 +106,6 @@ def time_counts(m, g):
 
 
 def show(m):
-    from PIL import Image
-
-    from drawing import stack
-
     t = torch.arange(0, 1000, 4)
     e = m.unet.sinusoidal_embedding(t, 128)
     alike = e @ e.T / 64

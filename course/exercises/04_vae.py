@@ -1,11 +1,13 @@
 """Diffusion in pixels is slow, so Stable Diffusion works on a small copy of the picture, the latent: 4 channels, with
 one cell for each 4x4 pixels (here) or 8x8 (Stable Diffusion). An autoencoder (VAE) makes it and undoes it.
 
-AutoencoderKL.encode(picture, generator=None), in vae.py: picture (B, 3, H, W) -> latent (B, 4, h, w).
-self.moments(picture) gives two tensors: for each number of the latent the mean of a Gaussian, and the LOGARITHM of
-its VARIANCE. Without a generator the latent is the mean. With one it is a sample: the mean plus the standard
-deviation times noise from torch.randn(shape, generator=generator). The result, whichever it is, is multiplied by
-self.config.scaling_factor, so that latents have a variance of about 1.
+AutoencoderKL.encode(picture), in vae.py: picture (B, 3, H, W) in [-1, 1] -> latent (B, 4, h, w).
+self.moments(picture) gives two tensors: for each number of the latent the mean of a Gaussian, and the logarithm of
+its variance. The latent is the mean, times self.config.scaling_factor, so that latents have a variance of about 1.
+
+AutoencoderKL.decode(latent), in vae.py: the way back. First undo the scaling, then apply self.post_quant_conv, then
+self.decoder. Do not clamp the picture to [-1, 1], because no gradient gets past a clamped value. The latent itself
+must stay as it is, for the caller reads it again.
 
 Downsample.forward(x), in vae.py: (B, C, H, W) -> (B, C, H/2, W/2). self.conv is a 3x3 convolution with stride 2
 that pads nothing itself. Before it, pad x with zeros by one pixel on the RIGHT and one BELOW, and on no other side:
@@ -13,14 +15,16 @@ that is how Stable Diffusion's VAE was trained.
 """
 
 import torch
+from PIL import Image
 
 from checks import Wrong, check
+from drawing import real, sheet
 
 TITLE = "The latent"
 MINUTES = 30
 POINTS = 7
-TARGETS = ["vae.AutoencoderKL.encode", "vae.Downsample.forward"]
-ENCODE, DOWN = TARGETS
+TARGETS = ["vae.AutoencoderKL.encode", "vae.AutoencoderKL.decode", "vae.Downsample.forward"]
+ENCODE, DECODE, DOWN = TARGETS
 
 
 def vae(m, g):
@@ -28,32 +32,45 @@ def vae(m, g):
     net = m.vae.AutoencoderKL(config).requires_grad_(False)
     for p in net.parameters():
         p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.ndim > 1 else 0.5))
-    return net, torch.rand(2, 3, 8, 12, generator=g) * 2 - 1
+    return net, torch.rand(2, 3, 8, 12, generator=g) * 2 - 1, torch.randn(2, 4, 4, 6, generator=g)
 
 
-@check(ENCODE, "without a generator: the mean, scaled, the same every time")
+@check(ENCODE, "the mean, scaled, the same every time")
 def mean(m, g):
-    net, picture = vae(m, g)
+    net, picture, _ = vae(m, g)
     return {"the first time": net.encode(picture), "the second time": net.encode(picture)}
 
 
-@check(ENCODE, "with a generator: a sample, and the same generator gives the same sample")
-def sample(m, g):
-    net, picture = vae(m, g)
-    cases = {"seed 1": 1, "seed 1 again": 1, "seed 2": 2}
-    return {name: net.encode(picture, torch.Generator().manual_seed(seed)) for name, seed in cases.items()}
+@check(DECODE, "the picture of a latent")
+def pictures(m, g):
+    net, _, latent = vae(m, g)
+    return net.decode(latent)
 
 
-@check(ENCODE, "samples spread as the log-variance says")
-def spread(m, g):
-    net, picture = vae(m, g)
-    mean, logvar = net.moments(picture)
-    net.moments = lambda p: (mean.repeat(400, 1, 1, 1), logvar.repeat(400, 1, 1, 1))
-    z = net.encode(picture, torch.Generator().manual_seed(0)).unflatten(0, (400, 2)) / 0.3
-    ratio = z.std(0) / torch.exp(0.5 * logvar)
-    if not (ratio - 1).abs().mean() < 0.1:
-        how = f"{ratio.min():.2f} to {ratio.max():.2f} times the deviation that the log-variance stands for"
-        raise Wrong(f"400 samples of the same picture spread by {how}")
+@check(DECODE, "there and back: the two scalings undo each other")
+def back(m, g):
+    net, picture, _ = vae(m, g)
+    net.post_quant_conv = net.decoder = torch.nn.Identity()
+    error = (net.decode(net.moments(picture)[0] * 0.3) - net.moments(picture)[0]).abs().max()
+    if not error < 1e-4:
+        raise Wrong(f"self.post_quant_conv and self.decoder are given a latent that is {error:.2g} off the mean")
+    return True
+
+
+@check(DECODE, "gradients reach the latent, also from pixels beyond [-1, 1]")
+def gradient(m, g):
+    net, _, latent = vae(m, g)
+    net.decode(latent.requires_grad_()).sum().backward()
+    return latent.grad
+
+
+@check(DECODE, "the latent is left as it was")
+def untouched(m, g):
+    net, _, latent = vae(m, g)
+    before = latent.clone()
+    net.decode(latent)
+    if not torch.equal(latent, before):
+        raise Wrong(f"your decode changes the latent, by up to {(latent - before).abs().max():.2g}")
     return True
 
 
@@ -85,24 +102,16 @@ def sees(m, g):
 
 
 def show(m):
-    import numpy as np
-    from PIL import Image
-
-    from drawing import twice
-
-    model = m.hipa.load("emoji")
-    sheet = np.asarray(Image.open(m.evaluate.HERE / "renders.png").convert("RGB"))
-    picture = torch.from_numpy(sheet[:64, :64].copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    model, picture = m.hipa.load("emoji"), real(m, "a cat")
     with torch.no_grad():
         z = model.vae.encode(picture)
         copy = model.vae.decode(z)
     channels = [((c / 6 + 0.5).clamp(0, 1) * 255).byte().numpy() for c in z[0]]
     channels = [Image.fromarray(c).convert("RGB").resize((64, 64), 0) for c in channels]
     error = (copy - picture).square().mean().item()
-    row = m.vae.grid([*m.vae.to_pil(picture), *channels, *m.vae.to_pil(copy)], columns=6)
-    return twice(row), (
-        "A picture, the four channels of your latent (16x16), what the decoder makes of them (mean square error "
+    return sheet(m, [*m.sample.to_pil(picture), *channels, *m.sample.to_pil(copy)], columns=6), (
+        "A picture, the four channels of your latent (16x16), what your decode makes of them (mean square error "
         f"{error:.4f}).\n"
-        "12,288 numbers became 1,024. Now pad one pixel on all four sides and draw this again: where does the "
+        "12,288 numbers became 1,024. Now pad one pixel on all four sides and look at this again: where does the "
         "picture go?"
     )

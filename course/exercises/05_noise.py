@@ -16,9 +16,12 @@ network says what the noise is. If it is "v_prediction", it says v = alpha noise
 first. For v: what is alpha times x? And sigma times v?
 """
 
+import dataclasses
+
 import torch
 
 from checks import Wrong, check
+from drawing import sheet
 
 TITLE = "Noise, and the way back"
 MINUTES = 35
@@ -31,21 +34,25 @@ def latent(g, n=3):
     return torch.randn(n, 4, 5, 7, generator=g)
 
 
+def schedule(m, prediction_type="epsilon", betas=(0.00085, 0.012), timesteps=1000):
+    return m.hipa.Schedule("scaled_linear", *betas, timesteps, prediction_type)
+
+
 @check(POST, "alphas_cumprod is Stable Diffusion's, and right for any beta_start and beta_end")
-def schedule(m, g):
-    start, end = 1e-4 + 1e-3 * torch.rand(2, generator=g).double() * torch.tensor([1, 15])
-    other = m.hipa.Schedule(200, start.item(), end.item())
-    return {"the defaults": m.hipa.Schedule().alphas_cumprod, "other betas": other.alphas_cumprod}
+def alphas(m, g):
+    betas = 1e-4 + 1e-3 * torch.rand(2, generator=g).double() * torch.tensor([1, 15])
+    other = schedule(m, betas=betas.tolist(), timesteps=200)
+    return {"Stable Diffusion's betas": schedule(m).alphas_cumprod, "other betas": other.alphas_cumprod}
 
 
 @check(POST, "it is float32")
 def precision(m, g):
-    return str(m.hipa.Schedule().alphas_cumprod.dtype)
+    return str(schedule(m).alphas_cumprod.dtype)
 
 
 @check(POST, "it falls from nearly 1 to nearly 0: it should be 0.9991 at t = 0, 0.00466 at t = 999")
 def ends(m, g):
-    a = m.hipa.Schedule().alphas_cumprod
+    a = schedule(m).alphas_cumprod
     if a.shape != (1000,):
         raise Wrong(f"alphas_cumprod has shape {tuple(a.shape)}; there are 1000 timesteps")
     if not (a.diff() < 0).all():
@@ -60,7 +67,7 @@ def ends(m, g):
 def untouched(m, g):
     x0, noise = latent(g), latent(g)
     before, before_noise = x0.clone(), noise.clone()
-    m.hipa.Schedule().add_noise(x0, 400, noise)
+    schedule(m).add_noise(x0, 400, noise)
     for what, now, then in (("x0", x0, before), ("the noise", noise, before_noise)):
         if not torch.equal(now, then):
             error = (now - then).abs().max()
@@ -70,19 +77,19 @@ def untouched(m, g):
 
 @check(ADD, "x_t, with one timestep for all pictures")
 def one_timestep(m, g):
-    return m.hipa.Schedule().add_noise(latent(g), 400, latent(g))
+    return schedule(m).add_noise(latent(g), 400, latent(g))
 
 
 @check(ADD, "x_t, with a timestep for each picture")
 def own_timesteps(m, g):
-    return m.hipa.Schedule().add_noise(latent(g), torch.tensor([20, 500, 999]), latent(g))
+    return schedule(m).add_noise(latent(g), torch.tensor([20, 500, 999]), latent(g))
 
 
 @check(ADD, "latents of variance 1 keep variance 1, however much noise there is")
 def variance(m, g):
     x0, noise = (torch.randn(1, 4, 64, 64, generator=g) for _ in range(2))
     for t in (0, 300, 600, 999):
-        now = m.hipa.Schedule().add_noise(x0, t, noise).var().item()
+        now = schedule(m).add_noise(x0, t, noise).var().item()
         if not 0.95 < now < 1.05:
             raise Wrong(f"at t = {t} the variance of x_t is {now:.2f}; the network was trained on inputs of variance 1")
     return True
@@ -90,26 +97,26 @@ def variance(m, g):
 
 @check(BACK, "x0 from the noise (epsilon)")
 def epsilon(m, g):
-    schedule, x, noise = m.hipa.Schedule(), latent(g), latent(g)
+    x, noise = latent(g), latent(g)
     cases = {"t = 700": 700, "t = 5, 600, 999": torch.tensor([5, 600, 999])}
-    return {name: schedule.predict_x0(x, t, noise) for name, t in cases.items()}
+    return {name: schedule(m).predict_x0(x, t, noise) for name, t in cases.items()}
 
 
 @check(BACK, "x0 from v")
 def velocity(m, g):
-    schedule, x, v = m.hipa.Schedule(prediction_type="v_prediction"), latent(g), latent(g)
+    x, v = latent(g), latent(g)
     cases = {"t = 700": 700, "t = 5, 600, 999": torch.tensor([5, 600, 999])}
-    return {name: schedule.predict_x0(x, t, v) for name, t in cases.items()}
+    return {name: schedule(m, "v_prediction").predict_x0(x, t, v) for name, t in cases.items()}
 
 
 @check(BACK, "there and back: what a perfect network says gives x0 again")
 def there_and_back(m, g):
     for kind in ("epsilon", "v_prediction"):
-        schedule, x0, noise = m.hipa.Schedule(prediction_type=kind), latent(g), latent(g)
+        own, x0, noise = schedule(m, kind), latent(g), latent(g)
         for t in (0, 250, 999):
-            alpha, sigma = schedule.alpha_sigma(t)
+            alpha, sigma = own.alpha_sigma(t)
             x, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
-            error = (schedule.predict_x0(x, t, noise if kind == "epsilon" else v) - x0).abs().max()
+            error = (own.predict_x0(x, t, noise if kind == "epsilon" else v) - x0).abs().max()
             if not error < 1e-3:
                 raise Wrong(
                     f"with the true {'noise' if kind == 'epsilon' else 'v'} at t = {t}, x0 comes back {error:.2g} off"
@@ -119,10 +126,6 @@ def there_and_back(m, g):
 
 def show(m):
     """Above: a cat under more and more noise. Below: what the network, looking once, takes each for, twice."""
-    import dataclasses
-
-    from drawing import twice
-
     model, times = m.hipa.load("emoji"), [0, 200, 400, 600, 700, 800, 900, 999]
     with torch.no_grad():
         start = m.hipa.noise([1], 4, 16, 16)
@@ -135,8 +138,8 @@ def show(m):
         by_noise = dataclasses.replace(model.schedule, prediction_type="epsilon")
         from_v = model.schedule.predict_x0(noisy, t, v)
         from_noise = by_noise.predict_x0(noisy, t, sigma * noisy + alpha * v)
-        rows = [picture for z in (noisy, from_v, from_noise) for picture in m.vae.to_pil(model.decode(z))]
-    return twice(m.vae.grid(rows, columns=len(times))), (
+        pictures = model.decode(torch.cat([noisy, from_v, from_noise]))
+    return sheet(m, pictures, columns=len(times)), (
         f"Above: a cat after your add_noise, at t = {times}.\n"
         'Of each the network, told "a cat", predicts v. In the middle: your predict_x0 of v. Below: your predict_x0\n'
         "of the noise that this v means; if both branches are right, these are the same pictures.\n"

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import torch
 
 from checks import Wrong, check
+from drawing import sheet
 
 TITLE = "Guidance"
 MINUTES = 35
@@ -32,7 +33,7 @@ class Model(SimpleNamespace):
     """A model small enough to see through: its text states and its answer are simple sums, and it counts questions."""
 
     def __init__(self, m, prediction="epsilon", dtype=torch.float32):
-        schedule = m.hipa.Schedule(prediction_type=prediction)
+        schedule = m.hipa.Schedule("scaled_linear", 0.00085, 0.012, prediction_type=prediction)
         super().__init__(dtype=dtype, device=torch.device("cpu"), schedule=schedule, asked=[], encoded=0)
 
     def encode_text(self, prompts):
@@ -108,14 +109,12 @@ def half(m, g):
 
 
 def show(m):
-    from drawing import twice
-
     model, scales, prompt = m.hipa.load("emoji"), [1, 1.5, 2, 3, 5, 8], "a panda on a blue background"
     with torch.no_grad():
         x = m.hipa.noise([0], 4, 16, 16)
         rows = [m.hipa.dpm_solver(m.hipa.predictor(model, [prompt], s), x, model.schedule, 8) for s in scales]
-        sheet = m.vae.grid(m.vae.to_pil(model.decode(torch.cat(rows))), columns=len(scales))
-    return twice(sheet), (
+        pictures = model.decode(torch.cat(rows))
+    return sheet(m, pictures, columns=len(scales)), (
         f"'{prompt}' with guidance {scales}, from the same noise.\n"
         "What becomes of the colours on the right? What does the formula do to a difference that is already large?"
     )

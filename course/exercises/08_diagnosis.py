@@ -22,6 +22,7 @@ import math
 import torch
 
 from checks import Wrong, check
+from drawing import adaptors, plot, sheet, stack
 
 TITLE = "The diagnosis"
 MINUTES = 45
@@ -108,21 +109,19 @@ def power(m, g):
 
 
 def show(m):
-    from drawing import plot, stack, twice
-
     model, names = m.hipa.load("emoji"), ["a cat", "an owl", "a rocket", "a house", "a robot", "a pizza"]
-    x, lora = m.hipa.noise(range(6), 4, 16, 16), m.evaluate.HERE / m.sample.LORA_NAME
+    x = m.hipa.noise(range(6), 4, 16, 16)
     with torch.no_grad():
         many = m.hipa.dpm_solver(m.hipa.predictor(model, names, 2.0), x, model.schedule, 8)
         one = m.hipa.predictor(model, names)(x, 999)
-        m.lora.merge(model.unet, m.lora.load_lora(lora, model.unet))
+        m.lora.merge(model.unet, adaptors(m, model))
         adapted = m.hipa.predictor(model, names)(x, 999)
         ways = {"one step": model.decode(one), "8 steps": model.decode(many), "one step, HiPA": model.decode(adapted)}
     cycles = [k / 32 for k in range(1, 33)]
     series = {name: (cycles, m.evaluate.radial_power(p)[1:].tolist()) for name, p in ways.items()}
     views = [v for p in ways.values() for q in p[:3] for v in (q, 2 * m.losses.high_pass(q[None] / 2 + 0.5, 0.25)[0])]
-    sheet = twice(m.vae.grid(m.vae.to_pil(torch.stack(views)), columns=6))
-    return stack(sheet, plot(series, "frequency, 1 = Nyquist", "power", logarithmic=True)), (
+    chart = plot(series, "frequency, 1 = Nyquist", "power", logarithmic=True)
+    return stack(sheet(m, torch.stack(views), columns=6), chart), (
         "Rows: one step, 8 steps, one step with HiPA's adaptors; beside each picture your high_pass of it. "
         "Below: your spectra.\n"
         "From which frequency on does one step fall behind? Why then does the paper's loss look there?"

@@ -18,6 +18,7 @@ layer: A (rank, in), B (out, rank). Of a convolution: A (rank, in, k, k), B (out
 import torch
 
 from checks import Wrong, check
+from drawing import adaptors, sheet
 
 TITLE = "LoRA"
 MINUTES = 30
@@ -142,11 +143,9 @@ def merged(m, g):
 
 
 def show(m):
-    from drawing import twice
-
     weights, rows = [0, 0.25, 0.5, 0.75, 1, 1.5], []
     model, names = m.hipa.load("emoji"), ["a cat", "a rocket"]
-    loras = m.lora.load_lora(m.evaluate.HERE / m.sample.LORA_NAME, model.unet)
+    loras = adaptors(m, model)
     x, before = m.hipa.noise([0, 1], 4, 16, 16), 0
     with torch.no_grad():
         for w in weights:
@@ -154,14 +153,14 @@ def show(m):
             before = w
             rows.append(model.decode(m.hipa.predictor(model, names)(x, 999)))
         model = m.hipa.load("emoji")
-        m.lora.add_lora(model.unet, targets={path: len(A) for path, (A, _) in loras.items()})
+        m.lora.add_lora(model.unet, 16, "all")
         for path, factors in m.lora.factors(model.unet).items():
             for mine, read in zip(factors, loras[path]):
                 mine.copy_(read)
         rows.append(model.decode(m.hipa.predictor(model, names)(x, 999)))
-    sheet = m.vae.grid(m.vae.to_pil(torch.stack(rows, 1).flatten(0, 1)), columns=len(rows))
+    pictures = torch.stack(rows, 1).flatten(0, 1)
     count = sum(a.numel() + b.numel() for a, b in loras.values())
-    return twice(sheet), (
+    return sheet(m, pictures, columns=len(rows)), (
         f"ONE step, with HiPA's adaptors ({count:,} numbers) added by your delta at weights {weights}.\n"
         "Last column: W as it was, and the adaptors beside it by your two forward. It should be as at weight 1.\n"
         "At 1.5 it is too much. What grows first, and what does that tell of what the adaptors have learned?"

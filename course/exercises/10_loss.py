@@ -25,8 +25,11 @@ Each is a mean over the batch, times its weight in self.weights. A term of weigh
 """
 
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
 
 from checks import Wrong, check
+from drawing import real
 
 TITLE = "The loss"
 MINUTES = 50
@@ -147,13 +150,8 @@ def gradient(m, g):
 
 
 def show(m):
-    import numpy as np
-    import torch.nn.functional as F
-    from PIL import Image, ImageDraw
-
-    sheet = np.asarray(Image.open(m.evaluate.HERE / "renders.png").convert("RGB"))
-    x = torch.from_numpy(sheet[64 * 10 : 64 * 11, :64].copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    net = m.losses.HiPALoss(m.train.load_distance("dists", m.evaluate.HERE), energy=0.2)
+    x = real(m, "a pig")
+    net = m.losses.HiPALoss(m.train.load_distance("dists", m.hipa.SHORT_NAMES["emoji"]), energy=0.2)
     blur = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     others = {"itself": x, "moved 1 pixel": x.roll(1, 3), "noise": x + 0.12 * noise, "blurred": blur}
@@ -161,10 +159,10 @@ def show(m):
     for name, y in others.items():
         with torch.no_grad():
             terms = net(y, x)
-        pictures += m.vae.to_pil(y)
+        pictures += m.sample.to_pil(y)
         error = (y - x).square().mean()
         lines.append("\n".join([name, f"MSE {error:.4f}", *(f"{k} {v.abs():.4f}" for k, v in terms.items())]))
-    row = m.vae.grid(pictures, columns=4).resize((4 * 150, 150), 0)
+    row = m.sample.grid(pictures, columns=4).resize((4 * 150, 150), 0)
     out = Image.new("RGB", (600, 250), "white")
     out.paste(row, (0, 0))
     for k, text in enumerate(lines):

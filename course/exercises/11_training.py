@@ -1,16 +1,17 @@
-"""The method itself. The frozen model, the teacher, has drawn pictures in many steps; the student, the same network
-with adaptors, draws from the same noise in one step, and learns by the difference of the two pictures.
+"""The method itself. The frozen model, the teacher, has made pictures in many steps; the student, the same network
+with adaptors, begins with the same noise, has one step, and learns by the difference of the two pictures.
 
 adaptation_loss(model, loss, predicted, target), in hipa.py: the student's latents `predicted` and the teacher's
 `target`, both (B, 4, h, w) -> what loss(student's picture, teacher's picture) gives, a dict of terms. model.decode
 makes a picture of a latent. The target needs no gradient: decode it under torch.no_grad().
 
-Run.loss_of(self, x, timesteps, x0, prompts, head_start), in train.py: one step of the student -> a dict of terms.
-hipa.student(self.student, prompts, x, timesteps) predicts; x0 is the teacher's latent.
-- "latent": F.mse_loss of the two latents, times self.args.latent. In the head start this term is alone, and has weight
-  1 if self.args.latent is 0. Otherwise weight 0 means that it is left out.
-- After the head start the terms of hipa.adaptation_loss(self.model, self.loss, ...) join it. They are left out, and no
-  picture is decoded, if all values of the dict self.loss.weights are 0.
+loss_of(args, model, loss, step, batch), in train.py: one step of the student -> a dict of terms. The batch has
+prompts, x (noisy latents), timesteps (how noisy they are), and x0 (the teacher's latents). hipa.student(model, prompts,
+x, timesteps) predicts. The head start lasts as long as `step` is below args.head_start * args.steps.
+- "latent": F.mse_loss of prediction and x0, times args.latent. In the head start this term is alone, and has weight
+  1 if args.latent is 0. Otherwise weight 0 means that it is left out.
+- After the head start the terms of hipa.adaptation_loss(model, loss, ...) join it. They are left out, and no picture
+  is decoded, if all values of the dict loss.weights are 0.
 
 schedule_of_lr(step, steps), in train.py: the share of the full learning rate, from 0 to 1. It rises along a line
 over the first steps // 20 steps (at least 1): the first step has 1 / warm, the last of them 1. Then it falls to 0
@@ -28,43 +29,38 @@ from types import SimpleNamespace
 import torch
 
 from checks import Wrong, check
+from drawing import plot, sheet, stack
 
 TITLE = "Training"
 MINUTES = 60
 POINTS = 12
-TARGETS = ["hipa.adaptation_loss", "train.Run.loss_of", "train.schedule_of_lr", "train.descend"]
+TARGETS = ["hipa.adaptation_loss", "train.loss_of", "train.schedule_of_lr", "train.descend"]
 ADAPT, LOSS, LR, DESCEND = TARGETS
 
 
-class Student(torch.nn.Module):
-    """A network of one number per channel, with all that `loss_of` asks of a model and of a run."""
+class Loss:
+    def __init__(self, **weights):
+        self.weights = weights or {"spatial": 1.0, "sobel": 0.0}
 
-    def __init__(self, m, **args):
-        super().__init__()
-        self.p = torch.nn.Parameter(torch.full((4, 1, 1), 0.1))
-        self.schedule = m.hipa.Schedule(prediction_type="v_prediction")
-        self.dtype, self.device, self.decoded = torch.float32, torch.device("cpu"), []
-        self.args = SimpleNamespace(**{"latent": 2.0, **args})
-        self.model, self.loss, self.asked = self, self.Loss(), 0
-        parts = "schedule", "dtype", "device", "encode_text", "decode"
-        self.student = SimpleNamespace(unet=self.wrapped, **{name: getattr(self, name) for name in parts})
+    def __call__(self, picture, target):
+        return {"spatial": ((picture - target).abs() * (1 + picture)).mean()}
 
-    class Loss:
-        weights = {"spatial": 1.0, "sobel": 0.0}
 
-        def __call__(self, picture, target):
-            return {"spatial": ((picture - target).abs() * (1 + picture)).mean()}
+class Model:
+    """A network of one number per channel."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, m):
+        self.p = torch.full((4, 1, 1), 0.1, requires_grad=True)
+        self.schedule = m.hipa.Schedule("scaled_linear", 0.00085, 0.012, prediction_type="v_prediction")
+        self.decoded = []  # for each picture, whether with gradients
 
     def encode_text(self, prompts):
         return torch.ones(len(prompts), 2, 3)
 
     def unet(self, x, timesteps, context):
         return self.p * x - 0.3 * (timesteps / 999)[:, None, None, None]
-
-    def wrapped(self, *args):
-        """The network as of `self.student`. With several processes, what stands around it averages their gradients."""
-        self.asked += 1
-        return self.unet(*args)
 
     def decode(self, z):
         self.decoded.append(torch.is_grad_enabled())
@@ -75,71 +71,65 @@ def latents(g, n=3):
     return torch.randn(n, 4, 2, 2, generator=g), torch.randn(n, 4, 2, 2, generator=g)
 
 
-def loss_at(m, g, head_start, weights=None, **args):
-    run = Student(m, **args)
-    if weights:
-        run.loss.weights = weights
-    x, x0 = latents(g)
-    return run, m.train.Run.loss_of(run, x, torch.tensor([999, 400, 999]), x0, ["a cat"] * 3, head_start)
-
-
-def ordered(terms):
-    return dict(sorted(terms.items()))
+def loss_at(m, g, step, loss=None, latent=2.0):
+    """The model and the terms at a step of a training of 10 steps, of which 5 are the head start."""
+    model, args, (x, x0) = Model(m), SimpleNamespace(head_start=0.5, steps=10, latent=latent), latents(g)
+    batch = m.train.Batch(["a cat"] * 3, x, torch.tensor([999, 400, 999]), x0)
+    return model, dict(sorted(m.train.loss_of(args, model, loss or Loss(), step, batch).items()))
 
 
 @check(ADAPT, "the loss of both pictures, the student's first")
 def pictures(m, g):
-    run, (predicted, target) = Student(m), latents(g)
-    return m.hipa.adaptation_loss(run, run.loss, predicted, target)
+    return m.hipa.adaptation_loss(Model(m), Loss(), *latents(g))
 
 
 @check(ADAPT, "a gradient for the student, none for the target")
 def which_gradient(m, g):
-    run, (predicted, target) = Student(m), latents(g)
+    model, (predicted, target) = Model(m), latents(g)
     predicted.requires_grad_(), target.requires_grad_()
-    terms = m.hipa.adaptation_loss(run, run.loss, predicted, target)
+    terms = m.hipa.adaptation_loss(model, Loss(), predicted, target)
     if not terms["spatial"].requires_grad:
         raise Wrong("the loss has no gradient: nothing can be learned by it")
     terms["spatial"].backward()
-    if sorted(run.decoded) != [False, True]:
-        count = sum(run.decoded)
+    if sorted(model.decoded) != [False, True]:
+        count = sum(model.decoded)
         raise Wrong(
-            f"{len(run.decoded)} pictures were decoded, {count} with gradients; right is one with and one without"
+            f"{len(model.decoded)} pictures were decoded, {count} with gradients; right is one with and one without"
         )
     return predicted.grad
 
 
-@check(LOSS, "in the head start: the latents' error alone")
+@check(LOSS, "in the head start, here steps 0 to 4 of 10: the latents' error alone")
 def head_start(m, g):
-    found = {f"args.latent = {weight:g}": loss_at(m, g, True, latent=weight) for weight in (2.0, 0.0)}
-    for run, _ in found.values():
-        if run.decoded:
-            raise Wrong(f"in the head start {len(run.decoded)} pictures are decoded; it is there to save that")
-    return {name: terms for name, (_, terms) in found.items()}
+    terms = {}
+    for step, weight in ((0, 2.0), (4, 0.0), (4, 0.5)):
+        model, terms[f"step {step}, args.latent = {weight:g}"] = loss_at(m, g, step, latent=weight)
+        if model.decoded:
+            raise Wrong(f"at step {step}, in the head start, {len(model.decoded)} pictures are decoded; right is none")
+    return terms
 
 
 @check(LOSS, "after it: all terms")
 def afterwards(m, g):
-    return {f"args.latent = {weight:g}": ordered(loss_at(m, g, False, latent=weight)[1]) for weight in (2.0, 0.0, 0.5)}
+    cases = (5, 2.0), (5, 0.0), (9, 0.5)
+    return {f"step {step}, args.latent = {w:g}": loss_at(m, g, step, latent=w)[1] for step, w in cases}
 
 
 @check(LOSS, "if all weights of the pictures' loss are 0, no picture is decoded")
 def savings(m, g):
-    run, terms = loss_at(m, g, False, {"spatial": 0.0, "energy": 0.0})
-    if run.decoded:
-        raise Wrong(f"all weights of the pictures' loss are 0, and {len(run.decoded)} pictures are decoded")
+    model, terms = loss_at(m, g, 5, Loss(spatial=0.0, energy=0.0))
+    if model.decoded:
+        raise Wrong(f"all weights of the pictures' loss are 0, and {len(model.decoded)} pictures are decoded")
     return terms
 
 
-@check(LOSS, "self.student is asked, and gradients reach it")
+@check(LOSS, "gradients reach the student")
 def gradient(m, g):
-    run, terms = loss_at(m, g, False)
-    if not run.asked:
-        raise Wrong("the network of self.student was never asked")
+    model, terms = loss_at(m, g, 5)
     if not sum(terms.values()).requires_grad:
         raise Wrong("the loss has no gradient: nothing can be learned by it")
     sum(terms.values()).backward()
-    return run.p.grad
+    return model.p.grad
 
 
 @check(LR, "the values, for long, short and very short trainings")
@@ -219,32 +209,29 @@ def twenty(m, g):
 
 
 def show(m):
-    """One prompt, one noise, a dozen steps of training, and what one step draws then, from other noise too."""
-    from drawing import plot, stack, twice
-
+    """One prompt, one noise, a dozen steps of training, and what one step makes then, of other noise too."""
     model, name = m.hipa.load("emoji"), "a cat"
     noise, other, steps, losses = m.hipa.noise([0], 4, 16, 16), m.hipa.noise([7], 4, 16, 16), 12, []
 
-    def draw(x):
+    def one_step(x):
         return model.decode(m.hipa.predictor(model, [name])(x, 999)).detach()
 
     with torch.no_grad():
         x0 = m.hipa.dpm_solver(m.hipa.predictor(model, [name], 2.0), noise, model.schedule, 8)
-        before = [draw(noise), draw(other)]
+        before = [one_step(noise), one_step(other)]
     torch.manual_seed(0)
     opt = torch.optim.AdamW(m.lora.add_lora(model.unet, 16, "all"), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
-    loss = m.losses.HiPALoss(m.train.load_distance("dists", m.evaluate.HERE), 1.0, 3.0, 1.0, 0.2)
-    run = SimpleNamespace(student=model, model=model, args=SimpleNamespace(latent=2.0), loss=loss)
+    loss = m.losses.HiPALoss(m.train.load_distance("dists", m.hipa.SHORT_NAMES["emoji"]), 1.0, 3.0, 1.0, 0.2)
+    args = SimpleNamespace(latent=2.0, head_start=0.5, steps=steps)
     for step in range(steps):
-        terms = m.train.Run.loss_of(run, noise, torch.tensor([999]), x0, [name], step < steps // 2)
+        terms = m.train.loss_of(args, model, loss, step, m.train.Batch([name], noise, torch.tensor([999]), x0))
         sum(terms.values()).backward()
         losses.append(terms["latent"].item() / 2)
         m.train.descend(opt, 4e-3 * m.train.schedule_of_lr(step, steps))
     with torch.no_grad():
-        pictures = [*before, draw(noise), draw(other), model.decode(x0)]
-    sheet = twice(m.vae.grid(m.vae.to_pil(torch.cat(pictures)), columns=5))
+        pictures = [*before, one_step(noise), one_step(other), model.decode(x0)]
     chart = plot({"latents' error": (range(steps), losses)}, "step", "mean square", logarithmic=True)
-    return stack(sheet, chart), (
+    return stack(sheet(m, torch.cat(pictures), columns=5), chart), (
         f"ONE step of two noises before your {steps} steps of training, of the same two after, and the 8 steps it "
         "learned from.\n"
         f"The latents' error fell from {losses[0]:.3f} to {losses[-1]:.3f}. The first noise it has seen, the "

@@ -1,22 +1,22 @@
 """Editing needs no new network: begin with a picture instead of pure noise. What the noise does not destroy is kept
-(SDEdit). And with a mask, only a part is drawn anew (inpainting).
+(SDEdit). And with a mask, only a part is made anew (inpainting).
 
-redraw(model, pictures, eps, prompts, strength, mask=None, **options), in hipa.py: pictures (B, 3, H, W) ->
-pictures. model.encode(pictures) gives latents; model.schedule.add_noise noises them with `eps` to the timestep
-round(strength * 999), where 999 is model.schedule.num_train_timesteps - 1. Then generate(model, prompts, x, first,
-**options) draws from there: it takes the noisy latents and that timestep. Move `eps` to model.device, and the
-result to pictures.device.
+edit(model, pictures, prompts, seeds, strength, mask=None, eps=None, **options), in hipa.py: pictures (B, 3, H, W)
+-> pictures. model.encode(pictures) gives latents; model.schedule.add_noise noises them with `eps` to the timestep
+round(strength * 999), where 999 is model.schedule.num_train_timesteps - 1. If `eps` is None, noise(seeds, channels,
+height, width) makes it, in the shape of the latents. Then denoise(model, prompts, x, first, **options) makes pictures
+of the noisy latents x; `first` is that timestep. Move `eps` to model.device, and the result to pictures.device.
 
-With a mask (B, 1, H, W), 1 where something is to be drawn, give generate another option: `constrain`, a function
-that corrects each predicted x0. In the hole it leaves x0 as it is, elsewhere it puts the pictures' own latents
-back. A cell of the latent stands for model.vae.config.downscale pixels in both directions, and belongs to the hole
-if ANY of these is masked.
+With a mask (B, 1, H, W), 1 where something is to be made anew, denoise takes one option more, keep=(latents, hole):
+in the hole (B, 1, h, w), where it is 1, the network is free; where it is 0, the given latents stay. They are those of
+the pictures. A cell of the latent stands for model.vae.config.downscale pixels in both directions, and belongs to the
+hole if ANY of these is masked.
 
-inpaint(model, pictures, mask, prompts, seeds, strength, **options), in hipa.py: noise_for(model, pictures, seeds)
-gives eps. What the hole held must have no effect: fill(pictures, mask) replaces it by its surroundings before
-redraw. Outside of the hole the result is the pictures' own pixels, bitwise. Inside it is what was drawn, plus
-fill(pictures - drawn, mask), which spreads the difference at the rim smoothly into the hole. `pictures` and `mask`
-themselves must stay as they are, for the caller may draw from them again.
+inpaint(model, pictures, mask, prompts, seeds, strength, **options), in hipa.py: edit, with the mask. What the hole
+held must have no effect: fill(pictures, mask) replaces it by its surroundings first. Outside of the hole the result is
+the pictures' own pixels, bitwise. Inside it is what edit painted, plus fill(pictures - painted, mask), which spreads
+the difference at the rim smoothly into the hole. `pictures` and `mask` themselves must stay as they are, for the
+caller reads them again.
 """
 
 from types import SimpleNamespace
@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 
 from checks import Wrong, check
+from drawing import adaptors, real, sheet
 
 TITLE = "Editing and inpainting"
 MINUTES = 45
 POINTS = 10
-TARGETS = ["hipa.redraw", "hipa.inpaint"]
-REDRAW, INPAINT = TARGETS
+TARGETS = ["hipa.edit", "hipa.inpaint"]
+EDIT, INPAINT = TARGETS
 
 
 class Net:
@@ -54,8 +55,8 @@ def model(m):
 
     return SimpleNamespace(
         vae=SimpleNamespace(config=SimpleNamespace(downscale=4)),
-        schedule=m.hipa.Schedule(), device=torch.device("cpu"), dtype=torch.float32, guidance=2.0,
-        guidance_at=lambda steps: 1.0 if steps == 1 else 2.0,
+        schedule=m.hipa.Schedule("scaled_linear", 0.00085, 0.012), device=torch.device("cpu"),
+        dtype=torch.float32, guidance=2.0, guidance_at=lambda steps: 1.0 if steps == 1 else 2.0,
         encode=lambda p: F.avg_pool2d(p, 4)[:, [0, 1, 2, 0]] * 0.8,
         decode=lambda z: F.interpolate(z[:, :3], scale_factor=4) / 0.8,
         encode_text=encode_text, unet=Net(),
@@ -73,26 +74,26 @@ def hole(n=2):
     return mask
 
 
-def redraw(m, g, strength, mask=None, **options):
+def edit(m, g, strength, mask=None, **options):
     pictures, eps = inputs(g)
-    return m.hipa.redraw(model(m), pictures, eps, ["a cat", "a dog"], strength, mask, **options)
+    return m.hipa.edit(model(m), pictures, ["a cat", "a dog"], [0, 0], strength, mask, eps, **options)
 
 
-@check(REDRAW, "editing in one step, at several strengths")
+@check(EDIT, "editing in one step, at several strengths")
 def one_step(m, g):
-    return {f"strength {s}": redraw(m, g, s) for s in (0.3, 0.7, 1.0)}
+    return {f"strength {s}": edit(m, g, s) for s in (0.3, 0.7, 1.0)}
 
 
-@check(REDRAW, "editing in several steps, with guidance: the options reach generate")
+@check(EDIT, "editing in several steps, with guidance: the options reach denoise")
 def several(m, g):
-    return redraw(m, g, 0.6, steps=5, guidance=2.0)
+    return edit(m, g, 0.6, steps=5, guidance=2.0)
 
 
-@check(REDRAW, "strengths 0.1, 0.5, 0.9 begin at the timesteps 100, 500, 899")
+@check(EDIT, "strengths 0.1, 0.5, 0.9 begin at the timesteps 100, 500, 899")
 def strength(m, g):
     (pictures, eps), net = inputs(g), model(m)
     for s in (0.1, 0.5, 0.9):
-        m.hipa.redraw(net, pictures, eps, ["a", "b"], s)
+        m.hipa.edit(net, pictures, ["a", "b"], [0, 0], s, eps=eps)
     if net.unet.asked != [100, 500, 899]:
         raise Wrong(
             f"with strengths 0.1, 0.5, 0.9 the network is asked at t = {net.unet.asked}; right are 100, 500, 899"
@@ -100,9 +101,14 @@ def strength(m, g):
     return True
 
 
-@check(REDRAW, "with a mask, latents outside of the hole stay; a cell that the hole touches is drawn")
+@check(EDIT, "without eps, the noise is that of the seeds, one for each picture")
+def seeds(m, g):
+    return m.hipa.edit(model(m), inputs(g)[0], ["a cat", "a dog"], [3, 8], 0.7)
+
+
+@check(EDIT, "with a mask, latents outside of the hole stay; a cell that the hole touches is made anew")
 def masked(m, g):
-    return {f"steps = {steps}": redraw(m, g, 0.9, hole(), steps=steps) for steps in (1, 4)}
+    return {f"steps = {steps}": edit(m, g, 0.9, hole(), steps=steps) for steps in (1, 4)}
 
 
 @check(INPAINT, "the pictures and the mask are left as they were")
@@ -143,28 +149,17 @@ def unseen(m, g):
 
 
 def show(m):
-    import numpy as np
-    from PIL import Image
-
-    from drawing import twice
-
-    net, glyphs = m.hipa.load("emoji"), m.evaluate.read_glyphs()
-    m.lora.merge(net.unet, m.lora.load_lora(m.evaluate.HERE / m.sample.LORA_NAME, net.unet))
-    sheet = np.asarray(Image.open(m.evaluate.HERE / "renders.png").convert("RGB"))
-
-    def real(prompt):
-        k = m.evaluate.class_of(prompt, glyphs)
-        return torch.from_numpy(sheet[64 * k : 64 * k + 64, :64].copy()).permute(2, 0, 1)[None] / 127.5 - 1
-
-    rocket, panda, strengths = real("a rocket"), real("a panda"), [0.3, 0.5, 0.6, 0.7, 0.8]
+    net = m.hipa.load("emoji")
+    m.lora.merge(net.unet, adaptors(m, net))
+    rocket, panda, strengths = real(m, "a rocket"), real(m, "a panda"), [0.3, 0.5, 0.6, 0.7, 0.8]
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 32:] = 1
     with torch.no_grad():
         row = [rocket, *(m.hipa.edit(net, rocket, ["a sailboat"], [0], s) for s in strengths)]
         row += [panda, panda * (1 - mask), m.hipa.fill(panda, mask)]
         row += [m.hipa.inpaint(net, panda, mask, ["a panda"], [s]) for s in range(3)]
-    return twice(m.vae.grid(m.vae.to_pil(torch.cat(row)), columns=6)), (
+    return sheet(m, torch.cat(row), columns=6), (
         f"Above: a rocket becomes a sailboat, in ONE step, at strengths {strengths}.\n"
-        "Below: a panda, its right half gone, filled, and drawn anew three times. What of the rocket stays "
+        "Below: a panda, its right half gone, filled, and made anew three times. What of the rocket stays "
         "longest, and why that?"
     )

@@ -1,34 +1,40 @@
 """Wrong and other right answers to exercise 4."""
 
-E, D = "vae.AutoencoderKL.encode", "vae.Downsample.forward"
-STD, PAD = "torch.exp(0.5 * logvar)", "F.pad(x, (0, 1, 0, 1))"
-DRAW = "torch.randn(latent.shape, generator=generator, dtype=latent.dtype, device=generator.device)"
+E, B, D = "vae.AutoencoderKL.encode", "vae.AutoencoderKL.decode", "vae.Downsample.forward"
+MEAN, PAD = "self.moments(picture)[0] * self.config.scaling_factor", "F.pad(x, (0, 1, 0, 1))"
+BACK = "self.decoder(self.post_quant_conv(latent / self.config.scaling_factor))"
+SAMPLE = "(lambda mean, logvar: mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))(*self.moments(picture))"
 MISTAKES = [
-    {"name": "variance for deviation", "caught": "spread", "code": {E: [(STD, "torch.exp(logvar)")]},
-     "says": "You multiply the noise by exp(logvar), the VARIANCE. By what must noise of variance 1 be multiplied to have "
-             "the variance v?"},
-    {"name": "log-variance as deviation", "caught": "spread", "code": {E: [(STD, "logvar")]},
-     "says": "You multiply the noise by a logarithm, which may be negative. What undoes a logarithm?"},
-    {"name": "root of the logarithm", "caught": "sample", "code": {E: [(STD, "logvar.abs().sqrt()")]},
-     "says": "You take the root of the logarithm. It is the variance whose root is wanted."},
-    {"name": "half forgotten the other way", "caught": "sample", "code": {E: [(STD, "torch.exp(2 * logvar)")]},
-     "says": "You double the logarithm, which squares the variance. What does HALF a logarithm stand for?"},
-    {"name": "always the mean", "caught": "sample", "code": {E: [("    if generator is not None:", "    if False:")]},
-     "says": "With a generator yours gives the mean. What is the generator for?"},
-    {"name": "not scaled", "caught": "mean", "code": {E: [("return latent * self.config.scaling_factor", "return latent")]},
+    {"name": "not scaled", "caught": "mean", "code": {E: [(MEAN, "self.moments(picture)[0]")]},
      "says": "Your latent is not scaled: its variance is not about 1, which the UNet expects."},
-    {"name": "divided", "caught": "mean", "code": {E: [("latent * self.config", "latent / self.config")]},
+    {"name": "divided", "caught": "mean", "code": {E: [(MEAN, MEAN.replace("*", "/"))]},
      "says": "You divide by the scaling factor. That is what decode does; and encode?"},
-    {"name": "noise not scaled", "caught": "sample",
-     "code": {E: [("latent = latent + ", "return latent * self.config.scaling_factor + ")]},
-     "says": "You scale the mean and leave the noise as it is. What belongs to the sample?"},
-    {"name": "the global generator", "caught": "sample", "code": {E: [(DRAW, "torch.randn_like(latent)")]},
-     "says": "Your noise does not come from the generator that was given. Could anybody draw the same latent twice?"},
-    {"name": "uniform noise", "caught": "sample", "code": {E: [("torch.randn(", "torch.rand(")]},
-     "says": "Your noise is uniform in [0, 1): torch.rand. Which distribution do mean and variance describe here?"},
-    {"name": "one noise for the batch", "caught": "sample",
-     "code": {E: [(DRAW, DRAW.replace("latent.shape,", "latent.shape[1:],"))]},
-     "says": "All pictures of a batch get the same noise in yours. How many numbers does a batch of latents have?"},
+    {"name": "the variance's logarithm", "caught": "mean", "code": {E: [("[0]", "[1]")]},
+     "says": "You return the logarithm of the variance. Which of the two tensors says where the Gaussian lies?"},
+    {"name": "a sample", "caught": "mean", "code": {E: [("self.moments(picture)[0]", SAMPLE)]},
+     "says": "You add noise, so the same picture has another latent each time. Which number describes a Gaussian best, if only "
+             "one may be kept?"},
+    {"name": "both moments", "caught": "mean", "code": {E: [("self.moments(picture)[0]", "torch.cat(self.moments(picture), dim=1)")]},
+     "says": "Your latent holds mean and log-variance, twice as many channels as the UNet takes."},
+    {"name": "not unscaled", "caught": "pictures", "code": {B: [(BACK, "self.decoder(self.post_quant_conv(latent))")]},
+     "says": "You do not undo the scaling: encode multiplied by it last, so what comes first here?"},
+    {"name": "scaled again", "caught": "pictures", "code": {B: [(BACK, BACK.replace("/", "*"))]},
+     "says": "You multiply by the scaling factor once more. What undoes a multiplication?"},
+    {"name": "unscaled too late", "caught": "pictures",
+     "code": {B: [(BACK, "self.decoder(self.post_quant_conv(latent) / self.config.scaling_factor)")]},
+     "says": "You undo the scaling after post_quant_conv, whose bias is then enlarged too. What did encode do LAST?"},
+    {"name": "the picture unscaled", "caught": "pictures",
+     "code": {B: [(BACK, "self.decoder(self.post_quant_conv(latent)) / self.config.scaling_factor")]},
+     "says": "You divide the picture by the scaling factor. Of what is it the scale, of pictures or of latents?"},
+    {"name": "one layer left out", "caught": "pictures", "code": {B: [(BACK, "self.decoder(latent / self.config.scaling_factor)")]},
+     "says": "post_quant_conv is not used: it was trained together with the decoder."},
+    {"name": "picture clamped", "caught": "gradient", "code": {B: [(BACK, f"{BACK}.clamp(-1, 1)")]},
+     "says": "You clamp the picture. Which slope has a clamped value, and what then learns from it?"},
+    {"name": "no gradient", "caught": "gradient", "code": {B: [(BACK, f"{BACK}.detach()")]},
+     "says": "No gradient gets from the picture to the latent. How would a loss on pictures train the UNet?"},
+    {"name": "in place", "caught": "untouched", "code": {B: [("latent / self.config.scaling_factor", "latent.div_(self.config.scaling_factor)"),
+     ("latent = latent.contiguous(memory_format=torch.channels_last)", "pass")]},
+     "says": "You divide the caller's own latent, in place: which of your calls ends in _, or assigns with /=?"},
     {"name": "padded on all sides", "caught": "sees", "code": {D: [(PAD, "F.pad(x, (1, 1, 1, 1))")]},
      "says": "You pad on all four sides. The shape is right, which makes this the trap of the file; but every cell sees pixels "
              "one further up and left. After two levels, by how many pixels is the picture shifted?"},
@@ -43,17 +49,16 @@ MISTAKES = [
              "cell need?"},
     {"name": "edges repeated", "caught": "down", "code": {D: [(PAD, 'F.pad(x, (0, 1, 0, 1), mode="replicate")')]},
      "says": "You pad by repeating the edge's pixels. With what was Stable Diffusion's VAE trained?"},
-    {"name": "root taken twice", "caught": "spread", "code": {E: [(STD, "torch.exp(0.25 * logvar)")]},
-     "says": "You take the root twice. The deviation is the root of the variance: what then is the logarithm of the deviation?"},
 ]  # fmt: skip
 RIGHT = [
-    {"name": "sqrt of exp", "code": {E: [(STD, "logvar.exp().sqrt()")]}},
-    {"name": "early return", "code": {E: """
-def encode(self, picture, generator=None):
-    mean, logvar = self.moments(picture)
-    if generator is None:
-        return self.config.scaling_factor * mean
-    return self.config.scaling_factor * (mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator))
+    {"name": "two lines", "code": {E: """
+def encode(self, picture):
+    mean, _ = self.moments(picture)
+    return self.config.scaling_factor * mean
+""", B: """
+def decode(self, latent):
+    z = self.post_quant_conv(latent / self.config.scaling_factor)
+    return self.decoder(z)
 """}},
     {"name": "cat of zeros", "code": {D: """
 def forward(self, x):

@@ -6,19 +6,19 @@ EPS, V = "(x - sigma * prediction) / alpha", "alpha * x - sigma * prediction"
 PRODUCT = "torch.cumprod(1 - betas, dim=0)"
 FIRST = "self.alpha_sigma(int(timestep.flatten()[0]) if hasattr(timestep, 'flatten') else timestep)"
 MISTAKES = [
-    {"name": "linear betas", "caught": "schedule",
+    {"name": "linear betas", "caught": "alphas",
      "code": {POST: [("self.beta_start**0.5, self.beta_end**0.5", "self.beta_start, self.beta_end"), (") ** 2", ")")]},
      "says": "Your betas are equally spaced themselves, as in the first diffusion paper. What is equally spaced here?"},
-    {"name": "forgot to square", "caught": "schedule", "code": {POST: [(") ** 2", ")")]},
+    {"name": "forgot to square", "caught": "alphas", "code": {POST: [(") ** 2", ")")]},
      "says": "What you use as beta is its square root: all but a few timesteps are pure noise. What is still to be done to it?"},
     {"name": "no running product", "caught": "ends", "code": {POST: [(PRODUCT, "1 - betas")]},
      "says": "This is the share that ONE timestep keeps. What is left of the picture after all timesteps up to t?"},
-    {"name": "sum for product", "caught": "schedule", "code": {POST: [(PRODUCT, "1 - torch.cumsum(betas, dim=0)")]},
+    {"name": "sum for product", "caught": "alphas", "code": {POST: [(PRODUCT, "1 - torch.cumsum(betas, dim=0)")]},
      "says": "You take the SUM of the betas off 1; in the end that falls below 0. Each timestep keeps a share of what the one "
              "before has left: how do shares of shares combine?"},
-    {"name": "root taken already", "caught": "schedule", "code": {POST: [(PRODUCT, PRODUCT + ".sqrt()")]},
+    {"name": "root taken already", "caught": "alphas", "code": {POST: [(PRODUCT, PRODUCT + ".sqrt()")]},
      "says": "You take the square root here, and alpha_sigma takes it once more. Is alphas_cumprod alpha, or its square?"},
-    {"name": "product of betas", "caught": "schedule", "code": {POST: [(PRODUCT, "torch.cumprod(betas, dim=0)")]},
+    {"name": "product of betas", "caught": "alphas", "code": {POST: [(PRODUCT, "torch.cumprod(betas, dim=0)")]},
      "says": "You multiply the betas, and have almost nothing left at t = 1. Is beta what a timestep takes away, or what it keeps?"},
     {"name": "backwards", "caught": "ends", "code": {POST: [(PRODUCT, PRODUCT + ".flip(0)")]},
      "says": "Yours rises with t. At which end is pure noise?"},
@@ -59,7 +59,7 @@ MISTAKES = [
      "says": "sigma x + alpha v is the NOISE; put both formulas in and see. Which combination is left for x0?"},
     {"name": "v with the other sign", "caught": "velocity", "code": {BACK: [(V, "alpha * x + sigma * prediction")]},
      "says": "Look at the sign of v. Put both formulas into alpha x + sigma v: does the noise cancel?"},
-    {"name": "one timestep too many", "caught": "schedule",
+    {"name": "one timestep too many", "caught": "alphas",
      "code": {POST: [("self.num_train_timesteps)", "self.num_train_timesteps + 1)"), (PRODUCT, PRODUCT + "[:-1]")]},
      "says": "Your betas end one step too late: the last of the timesteps has not quite beta_end."},
     {"name": "double precision", "caught": "precision", "code": {POST: [(PRODUCT, "torch.cumprod(1 - betas.double(), dim=0)")]},

@@ -41,7 +41,7 @@ MISTAKES = [
              "edge?"},
     {"name": "sum for length", "caught": "edges", "code": {S: [(LENGTH, "gradient.abs().sum(2)")]},
      "says": "|across| + |down| makes a diagonal edge stronger than a straight one. How long is the vector (across, down)?"},
-    {"name": "naked root", "caught": "slope", "code": {S: [(" + 1e-8", "")]},
+    {"name": "naked root", "caught": "slope", "code": {S: [(" + 1e-8)", ")")]},
      "says": "The slope of the square root at 0 is infinite, and infinity times 0 is NaN. What stands UNDER your root on a "
              "flat picture?"},
     {"name": "one direction", "caught": "step", "code": {S: [("[kernel, kernel.T]", "[kernel, kernel]")]},
@@ -72,7 +72,7 @@ MISTAKES = [
      "says": "Your radii are cut off, not rounded: a distance of 2.9 falls into ring 2."},
     {"name": "not clamped", "caught": "power", "code": {P: [("pictures.clamp(-1, 1).mean", "pictures.mean")]},
      "says": "Values beyond [-1, 1] count in yours; no file or screen could hold them."},
-    {"name": "constant too large", "caught": "edges", "code": {S: [("1e-8", "1e-4")]},
+    {"name": "constant too large", "caught": "edges", "code": {S: [("+ 1e-8)", "+ 1e-4)")]},
      "says": "Your constant under the root is so large that a flat picture has edges. How large was it to be?"},
     {"name": "border mirrored", "caught": "edges",
      "code": {S: [(BORDER, '    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")\n')]},

@@ -1,7 +1,8 @@
 """Wrong and other right answers to exercise 11."""
 
-T, L, R, D = "hipa.adaptation_loss", "train.Run.loss_of", "train.schedule_of_lr", "train.descend"
+T, L, R, D = "hipa.adaptation_loss", "train.loss_of", "train.schedule_of_lr", "train.descend"
 COS = "0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))"
+STUDENT = "hipa.student(model, batch.prompts, batch.x, batch.timesteps)"
 CLIP = "torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()"
 END = "    return loss(model.decode(predicted), picture)"
 HEAD = "    with torch.no_grad():\n        picture = model.decode(target)\n"
@@ -17,30 +18,31 @@ MISTAKES = [
      "says": "The student's picture is decoded under no_grad: by what is the student to learn?"},
     {"name": "target with gradient", "caught": "which_gradient", "code": {T: [(HEAD, "    picture = model.decode(target)\n")]},
      "says": "The target is decoded with gradients, which cost memory and time. Who needs them?"},
-    {"name": "learns the noise", "caught": "head_start", "code": {L: [("F.mse_loss(predicted, x0)", "F.mse_loss(predicted, x)")]},
+    {"name": "learns the noise", "caught": "head_start", "code": {L: [("F.mse_loss(predicted, batch.x0)", "F.mse_loss(predicted, batch.x)")]},
      "says": "You compare with x, the noise that the step began with. What is the student to predict?"},
     {"name": "no head start", "caught": "head_start",
-     "code": {L: [("any(self.loss.weights.values()) and not head_start", "any(self.loss.weights.values())")]},
+     "code": {L: [("any(loss.weights.values()) and not head_start", "any(loss.weights.values())")]},
      "says": "The pictures' terms are there in the head start, too. What was it to save?"},
     {"name": "head start for ever", "caught": "afterwards", "code": {L: [("values()) and not head_start", "values()) and False")]},
      "says": "The pictures' terms never come. What then looks at the high frequencies?"},
-    {"name": "the latents' weight forgotten", "caught": "afterwards", "code": {L: [("(self.args.latent or 1) * F.mse_loss", "F.mse_loss")]},
-     "says": "self.args.latent, the weight, has no effect on your term."},
-    {"name": "weight 0 in the head start", "caught": "head_start", "code": {L: [("(self.args.latent or 1)", "self.args.latent")]},
-     "says": "With self.args.latent = 0 your head start has a loss of 0, and learns nothing. What weight has the term then?"},
+    {"name": "the latents' weight forgotten", "caught": "afterwards", "code": {L: [("(args.latent or 1) * F.mse_loss", "F.mse_loss")]},
+     "says": "args.latent, the weight, has no effect on your term."},
+    {"name": "weight 0 in the head start", "caught": "head_start", "code": {L: [("(args.latent or 1)", "args.latent")]},
+     "says": "With args.latent = 0 your head start has a loss of 0, and learns nothing. What weight has the term then?"},
     {"name": "latents dropped after the head start", "caught": "afterwards",
-     "code": {L: [("if self.args.latent or head_start:", "if head_start:")]},
+     "code": {L: [("if args.latent or head_start:", "if head_start:")]},
      "says": "After the head start your latents' term is gone. When is it to be left out?"},
-    {"name": "latents for ever", "caught": "afterwards", "code": {L: [("if self.args.latent or head_start:", "if True:")]},
+    {"name": "latents for ever", "caught": "afterwards", "code": {L: [("if args.latent or head_start:", "if True:")]},
      "says": "After the head start, weight 0 means that the latents' term is left out; yours stays."},
     {"name": "the frozen model predicts", "caught": "gradient",
-     "code": {L: [("hipa.student(self.student, prompts, x, timesteps)", "hipa.student(self.student, prompts, x, timesteps).detach()")]},
+     "code": {L: [(STUDENT, STUDENT + ".detach()")]},
      "says": "Your prediction is cut off from the student: no gradient gets to it."},
-    {"name": "the model without its wrapper", "caught": "gradient", "code": {L: [("hipa.student(self.student,", "hipa.student(self.model,")]},
-     "says": "You predict with self.model. With several processes each would then learn from its own pairs alone: around which "
-             "network is there something that averages gradients?"},
-    {"name": "always at 999", "caught": "head_start", "code": {L: [("prompts, x, timesteps)", "prompts, x, 999)")]},
+    {"name": "always at 999", "caught": "head_start", "code": {L: [("batch.x, batch.timesteps)", "batch.x, 999)")]},
      "says": "You always predict at t = 999. What are `timesteps` for?"},
+    {"name": "head start of half a step", "caught": "head_start", "code": {L: [("args.head_start * args.steps", "args.head_start")]},
+     "says": "args.head_start is a share, from 0 to 1, and step counts to args.steps. Which of its multiples is a step?"},
+    {"name": "head start a step too long", "caught": "afterwards", "code": {L: [("step < args", "step <= args")]},
+     "says": "Your head start is a step too long. Steps are counted from 0: which is the last one of the first 5?"},
     {"name": "no warm-up", "caught": "rates", "code": {R: [("    if step < warm:\n        return (step + 1) / warm\n", "")]},
      "says": "Your rate does not rise at the beginning. What do Adam's averages know in the first steps?"},
     {"name": "first step lost", "caught": "ends", "code": {R: [("(step + 1) / warm", "step / warm")]},
@@ -119,13 +121,15 @@ def adaptation_loss(model, loss, predicted, target):
         wanted = model.decode(target)
     return loss(drawn, wanted)
 """, L: """
-def loss_of(self, x, timesteps, x0, prompts, head_start):
-    z, terms = hipa.student(self.student, prompts, x, timesteps), {}
-    if head_start or self.args.latent:
-        terms["latent"] = (self.args.latent if self.args.latent else 1.0) * (z - x0).pow(2).mean()
-    if head_start or not any(self.loss.weights.values()):
+def loss_of(args, model, loss, step, batch):
+    prompts, x, timesteps, x0 = batch
+    z, terms = hipa.student(model, prompts, x, timesteps), {}
+    head_start = step / args.steps < args.head_start
+    if head_start or args.latent:
+        terms["latent"] = (args.latent if args.latent else 1.0) * (z - x0).pow(2).mean()
+    if head_start or not any(loss.weights.values()):
         return terms
-    return {**hipa.adaptation_loss(self.model, self.loss, z, x0), **terms}
+    return {**hipa.adaptation_loss(model, loss, z, x0), **terms}
 """}},
 ]  # fmt: skip
 EQUIVALENT = {

@@ -1,10 +1,11 @@
 """Wrong and other right answers to exercise 12."""
 
-R, P = "hipa.redraw", "hipa.inpaint"
+R, P = "hipa.edit", "hipa.inpaint"
 T = "round(strength * (model.schedule.num_train_timesteps - 1))"
 NOISED = "model.schedule.add_noise(latent, first, eps.to(model.device))"
 POOL = "F.max_pool2d(mask, model.vae.config.downscale)"
-WHERE = "torch.where(mask > 0, drawn + fill(pictures - drawn, mask), pictures)"
+NOISE = "noise(seeds, *latent.shape[1:]) if eps is None else eps"
+WHERE = "torch.where(mask > 0, painted + fill(pictures - painted, mask), pictures)"
 MISTAKES = [
     {"name": "strength upside down", "caught": "strength", "code": {R: [(T, T.replace("strength *", "(1 - strength) *"))]},
      "says": "Strength is upside down in yours. How much of the picture is left at strength 1?"},
@@ -12,64 +13,67 @@ MISTAKES = [
      "says": "At strength 1 you ask for timestep 1000. Which is the last one there is?"},
     {"name": "rounded down", "caught": "strength", "code": {R: [(T, T.replace("round", "int"))]},
      "says": "Your timesteps come out one too small: you cut them off instead of rounding. Which whole number is nearest to 99.9?"},
-    {"name": "drawn from 999", "caught": "one_step", "code": {R: [("generate(model, prompts, x, first,", "generate(model, prompts, x, None,")]},
-     "says": "You noise to one timestep and tell generate another: it believes that x is pure noise."},
+    {"name": "denoised from 999", "caught": "one_step", "code": {R: [("denoise(model, prompts, x, first,", "denoise(model, prompts, x, None,")]},
+     "says": "You noise to one timestep and tell denoise another: it believes that x is pure noise."},
     {"name": "not noised", "caught": "one_step", "code": {R: [(NOISED, "latent")]},
      "says": "Your latent is not noised. The network will look for noise that is not there: what does it take for noise?"},
     {"name": "noise only", "caught": "one_step", "code": {R: [(NOISED, "eps.to(model.device)")]},
      "says": "You begin with the noise alone. How could anything of the picture be kept?"},
-    {"name": "new noise", "caught": "one_step", "code": {R: [("eps.to(model.device)", "torch.randn_like(eps)")]},
-     "says": "You draw new noise instead of using `eps`: the same seed gives another picture each time."},
-    {"name": "options dropped", "caught": "several", "code": {R: [("x, first, **options)", "x, first)")]},
-     "says": "The options (steps, guidance) do not reach generate."},
-    {"name": "mask upside down", "caught": "masked", "code": {R: [("torch.lerp(latent, x0, hole)", "torch.lerp(x0, latent, hole)")]},
-     "says": "The mask is upside down: in yours the hole stays and its surroundings are drawn."},
+    {"name": "new noise", "caught": "one_step", "code": {R: [(NOISE, "torch.randn(latent.shape)")]},
+     "says": "Your noise comes neither from `eps` nor from the seeds: the same seed gives another picture each time."},
+    {"name": "eps ignored", "caught": "one_step", "code": {R: [(NOISE, "noise(seeds, *latent.shape[1:])")]},
+     "says": "`eps` has no effect in yours. Enlarging gives it, so that neighbouring tiles begin with the same noise."},
+    {"name": "one seed for all", "caught": "seeds", "code": {R: [("noise(seeds,", "noise(seeds[:1] * len(pictures),")]},
+     "says": "Every picture gets the first picture's noise. What has `noise` one of for each seed?"},
+    {"name": "options dropped", "caught": "several", "code": {R: [("keep=keep, **options)", "keep=keep)")]},
+     "says": "The options (steps, guidance) do not reach denoise."},
+    {"name": "mask upside down", "caught": "masked", "code": {R: [(POOL, f"1 - {POOL}")]},
+     "says": "The mask is upside down: in yours the hole stays and its surroundings are made anew."},
     {"name": "mean of the mask", "caught": "masked", "code": {R: [("F.max_pool2d(mask", "F.avg_pool2d(mask")]},
      "says": "A cell that the hole touches is kept in part in yours. What of the old picture then shines through?"},
     {"name": "smallest hole", "caught": "masked", "code": {R: [(POOL, "-F.max_pool2d(-mask, model.vae.config.downscale)")]},
-     "says": "Only cells that lie in the hole altogether are drawn in yours. What happens at its rim?"},
+     "says": "Only cells that lie in the hole altogether are made anew in yours. What happens at its rim?"},
     {"name": "corner of each cell", "caught": "masked",
      "code": {R: [(POOL, "mask[..., :: model.vae.config.downscale, :: model.vae.config.downscale]")]},
      "says": "You look at one pixel of each cell. What if the hole covers the others?"},
-    {"name": "mask not used", "caught": "masked", "code": {R: [("    if mask is not None:\n", "    if False:\n")]},
-     "says": "The mask has no effect: everything is drawn anew."},
-    {"name": "noised latents put back", "caught": "masked", "code": {R: [("torch.lerp(latent, x0, hole)", "torch.lerp(x, x0, hole)")]},
-     "says": "You put NOISY latents back. What does constrain correct: x, or predictions of x0?"},
-    {"name": "drawn everywhere", "caught": "outside",
-     "code": {P: [(WHERE, "drawn + fill(pictures - drawn, mask)")]},
+    {"name": "mask not used", "caught": "masked", "code": {R: [("None if mask is None else", "None if True else")]},
+     "says": "The mask has no effect: everything is made anew."},
+    {"name": "noised latents put back", "caught": "masked", "code": {R: [("else (latent, F", "else (x, F")]},
+     "says": "You keep the NOISY latents. What should be seen outside of the hole in the end?"},
+    {"name": "painted everywhere", "caught": "outside",
+     "code": {P: [(WHERE, "painted + fill(pictures - painted, mask)")]},
      "says": "Outside of the hole your pixels have gone through the VAE. Whose pixels belong there?"},
-    {"name": "hole not filled first", "caught": "unseen", "code": {P: [("fill(pictures, mask), eps", "pictures, eps")]},
+    {"name": "hole not filled first", "caught": "unseen", "code": {P: [("fill(pictures, mask), prompts", "pictures, prompts")]},
      "says": "What the hole held is encoded with the rest, and below strength 1 something of it survives. When must it go?"},
-    {"name": "hole grey", "caught": "outside", "code": {P: [("fill(pictures, mask), eps", "pictures * (1 - mask), eps")]},
+    {"name": "hole grey", "caught": "outside", "code": {P: [("fill(pictures, mask), prompts", "pictures * (1 - mask), prompts")]},
      "says": "You set the hole to 0, a grey that shows at strength 0.9. By what does `fill` replace it?"},
     {"name": "hole emptied in place", "caught": "untouched",
-     "code": {P: [("    eps = noise_for", "    pictures *= 1 - mask\n    eps = noise_for")]},
+     "code": {P: [("    painted = edit", "    pictures *= 1 - mask\n    painted = edit")]},
      "says": "You empty the hole in the caller's own pictures, in place. Which of your lines writes into them?"},
-    {"name": "seam", "caught": "outside", "code": {P: [("drawn + fill(pictures - drawn, mask)", "drawn")]},
-     "says": "There is a seam at the rim: what is drawn does not quite meet what stays. How far is it off there, and how could "
+    {"name": "seam", "caught": "outside", "code": {P: [("painted + fill(pictures - painted, mask)", "painted")]},
+     "says": "There is a seam at the rim: what is painted does not quite meet what stays. How far is it off there, and how could "
              "that be carried on into the hole?"},
     {"name": "no mask inside", "caught": "outside", "code": {P: [("strength, mask, **options", "strength, **options")]},
-     "says": "redraw is not told of the mask, so the surroundings change while the hole is drawn, and do not fit it."},
-    {"name": "strength ignored", "caught": "unseen", "code": {P: [("prompts, strength, mask", "prompts, 0.9, mask")]},
+     "says": "edit is not told of the mask, so the surroundings change while the hole is painted, and do not fit it."},
+    {"name": "strength ignored", "caught": "unseen", "code": {P: [("seeds, strength, mask", "seeds, 0.9, mask")]},
      "says": "`strength` has no effect on your inpaint."},
 ]  # fmt: skip
 RIGHT = [
     {"name": "where", "code": {R: """
-def redraw(model, pictures, eps, prompts, strength, mask=None, **options):
+def edit(model, pictures, prompts, seeds, strength=0.7, mask=None, eps=None, **options):
     t = int(strength * (model.schedule.num_train_timesteps - 1) + 0.5)
     z = model.encode(pictures)
     a, s = model.schedule.alpha_sigma(t)
+    if eps is None:
+        eps = noise(seeds, z.shape[1], z.shape[2], z.shape[3])
     if mask is not None:
         touched = F.avg_pool2d(mask, model.vae.config.downscale) > 0
-        def keep(x0):
-            return torch.where(touched, x0, z)
-        options = {**options, "constrain": keep}
-    return generate(model, prompts, a * z + s * eps, first=t, **options).to(pictures.device)
+        options = {**options, "keep": (z, touched.float())}
+    return denoise(model, prompts, a * z + s * eps, first=t, **options).to(pictures.device)
 """, P: """
 def inpaint(model, pictures, mask, prompts, seeds, strength=0.9, **options):
-    eps = noise_for(model, pictures, seeds)
-    drawn = redraw(model, fill(pictures, mask), eps, prompts, strength, mask=mask, **options)
-    drawn = drawn + fill(pictures - drawn, mask)
-    return pictures * (1 - mask) + drawn * mask
+    painted = edit(model, fill(pictures, mask), prompts, seeds, strength, mask=mask, **options)
+    painted = painted + fill(pictures - painted, mask)
+    return pictures * (1 - mask) + painted * mask
 """}},
 ]  # fmt: skip
