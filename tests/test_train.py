@@ -317,8 +317,9 @@ def test_a_pair_does_not_depend_on_what_is_beside_it(finished, small):
 
 @pytest.mark.parametrize("later", [0.0, 0.3])
 def test_later_starts(finished, small, later):
-    """A share of the pairs begins at timesteps from 199 to 998, with the target in the pair's own noise, half of them
-    blurred first. Here targets are 100 with stripes of 100, which blurring removes, and the VAE does nothing."""
+    """A share of the pairs begins at timesteps from 199 to 998, with the noisy target, half of them blurred first. The
+    noise is the pair's own from t = 599 on, else new. Here targets are 100 with stripes of 100; the VAE does nothing.
+    """
     schedule, stripes = finished.model.schedule, torch.tensor([1.0, -1.0]).repeat(4)
     data, order = pairs_of(finished, small, later=later), range(1000)
     noise, target = data.noise(order), (100 + 100 * stripes).expand(1000, 4, 8, 8)
@@ -331,10 +332,13 @@ def test_later_starts(finished, small, later):
     if later:
         assert 199 <= min(t) < 230 and 970 < max(t[begins_later]) and {*range(2, 10)} <= {*(t // 100).tolist()}
         alpha, sigma = schedule.alpha_sigma(t)
-        source = ((x - sigma * noise) / alpha)[begins_later]
-        sharp = (source - target[:1]).abs().amax(dim=(1, 2, 3)) < 0.01
-        assert sharp.float().mean().item() == pytest.approx(0.5, abs=0.1)
-        assert (source[~sharp] - 100).abs().max() < 20
+        sharp = (x / alpha - target).abs().amax(dim=(1, 2, 3)) < 80  # blurred, there are no stripes
+        assert sharp[begins_later].float().mean().item() == pytest.approx(0.5, abs=0.1)
+        assert ((x / alpha)[begins_later & ~sharp].mean(0) - 100).abs().max() < 25
+        eps = (x - alpha * target) / sigma
+        own = (eps - noise).abs().amax(dim=(1, 2, 3)) < 0.01
+        assert torch.equal(own[begins_later & sharp], (t >= 599)[begins_later & sharp])
+        assert eps[begins_later & sharp & ~own].std().item() == pytest.approx(1, abs=0.05)
 
 
 # ----------------------------------------------------------------------------------------------------------- downloads

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI = ROOT / "emoji"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import hipa  # noqa: E402
 from lora import LORA_NAME, add_lora  # noqa: E402
@@ -201,24 +201,20 @@ def bench_gpu(folder, device="cuda"):
 
 def bench_live(text="a panda on a blue background, a red apple on a table, "):
     """In headless Chromium: milliseconds from a key stroke to its picture on the screen."""
-    from test_live import chromium, until
+    from live.figure import chromium, until
 
     start = [sys.executable, "live", "--port", "0", "--device", "cpu"]
     server, trips = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True), []
-    with tempfile.TemporaryDirectory() as folder:
-        browser = chromium(Path(folder))
-        try:
-            browser.get(server.stdout.readline())
-            prompt, trip = (browser.find_element("id", name) for name in ("prompt", "trip"))
-            for key in 4 * text:
-                until(lambda: "ms" in trip.text)
-                browser.execute_script("arguments[0].textContent = ''", trip)
-                prompt.send_keys(key)
-                until(lambda: "ms" in trip.text)
-                trips.append(int(re.search(r"\d+", trip.text)[0]))
-        finally:
-            browser.quit()
-            server.terminate()
+    with tempfile.TemporaryDirectory() as folder, chromium(Path(folder)) as browser:
+        browser.get(server.stdout.readline())
+        prompt, trip = (browser.find_element("id", name) for name in ("prompt", "trip"))
+        for key in 4 * text:
+            until(lambda: "ms" in trip.text)
+            browser.execute_script("arguments[0].textContent = ''", trip)
+            prompt.send_keys(key)
+            until(lambda: "ms" in trip.text)
+            trips.append(int(re.search(r"\d+", trip.text)[0]))
+    server.terminate()
     *_, most = quantiles(trips, n=20)
     print(f"\n{len(trips)} key strokes to pictures: median {median(trips):.0f} ms, 95th percentile {most:.0f} ms")
 
