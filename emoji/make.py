@@ -45,7 +45,7 @@ from evaluate import SIZE, EvaluationNet, high_frequency_energy, psnr, read_glyp
 from hipa import UserError, write_file  # noqa: E402
 from lora import LORA_NAME  # noqa: E402
 from losses import VGG, VGGConfig, high_pass  # noqa: E402
-from sample import Parser, choose_device, grid, number, run  # noqa: E402
+from sample import Parser, grid, number, run  # noqa: E402
 from train import descend, load_distance  # noqa: E402
 from unet import UNet2DConditionModel, UNetConfig  # noqa: E402
 from vae import AutoencoderKL, VAEConfig  # noqa: E402
@@ -469,7 +469,8 @@ def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, minutes = parser.add_argument, number(float, 0, 10**6)
     add("--pictures", type=number(int, 1, 10**6), default=40_000, help="training pictures (%(default)s)")
-    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="(%(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cuda", "cpu"], default=device, help="(%(default)s)")
     add("--minutes", type=minutes, nargs=4, metavar=("VAE", "NETS", "UNET", "DECODER"),
         help="training time of each stage (35 6 120 10, on cuda 6 2 15 3)")  # fmt: skip
     add("--improve", nargs=2, metavar=("PART", "MINUTES"), help=f"only train one of {PARTS}, until it has had MINUTES")
@@ -479,8 +480,7 @@ def main(argv=None):
         parser.error(f"--improve takes one of {', '.join(PARTS)}, then minutes: not {part} {total}")
     if not Path(FONT).exists():
         raise UserError(f"{FONT} is missing: apt-get install fonts-noto-color-emoji")
-    device = choose_device(args.device)
-    data = Data(device, args.pictures, varied=part == "varied")
+    data = Data(args.device, args.pictures, varied=part == "varied")
     content = repr((GLYPHS, COLOURS, data.scenes)).encode()  # after a change of prompts all begins anew
     name = part or f"model-{hashlib.sha256(content).hexdigest()[:8]}"
     folder = HERE if part in ("unet", "decoder") else HERE / "build" / name
@@ -489,7 +489,7 @@ def main(argv=None):
         write_captions(folder)  # last: now the folder is complete
     if part:
         return improve(data, part, float(total), folder)
-    minutes = args.minutes or ([6, 2, 15, 3] if device == "cuda" else [35, 6, 120, 10])
+    minutes = args.minutes or ([6, 2, 15, 3] if args.device == "cuda" else [35, 6, 120, 10])
     for part, total in zip(TRAININGS, minutes):
         improve(data, part, total, folder, first=True)
     shutil.copytree(folder, HERE, dirs_exist_ok=True)

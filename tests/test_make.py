@@ -1,98 +1,108 @@
-"""`emoji/make.py` in a short form: from the font to a model that draws, killed and continued, and trained further."""
+"""`emoji/make.py` in a short form: from the font to a model that samples, killed and continued, and trained further."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
+import hipa
 from conftest import ROOT
 
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not FONT.exists(), reason="needs the font: apt-get install fonts-noto-color-emoji"),
-]
-UNET = Path("emoji/unet/diffusion_pytorch_model.safetensors")
+sys.path.insert(0, str(ROOT / "emoji"))
+
+import evaluate  # noqa: E402
+import make  # noqa: E402
+
+needs_font = pytest.mark.skipif(not Path(make.FONT).exists(), reason="apt-get install fonts-noto-color-emoji")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """The code, and of `emoji/` only what people wrote: no weights."""
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "emoji").mkdir()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("emoji/*.py"), ROOT / "emoji" / "prompts.txt"]:
-        shutil.copy(path, folder / path.relative_to(ROOT))
-    return folder
+def home(tmp_path_factory):
+    """Of `emoji/` only what people wrote: no weights, tokenizer, captions or pictures. Fewer pictures are held out."""
+    trained = "build", "*.safetensors", "*.png", "captions.txt", "vocab.json", "merges.txt", "__pycache__"
+    folder = tmp_path_factory.mktemp("made") / "emoji"
+    shutil.copytree(ROOT / "emoji", folder, ignore=shutil.ignore_patterns(*trained))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make, "HERE", folder)
+        patch.setattr(make, "HELD_OUT", 64)
+        yield folder
 
 
-def make(folder, *options):
-    command = [sys.executable, "emoji/make.py", "--device", "cpu", "--pictures", "64", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def run(*options):
+    make.main(["--device", "cpu", "--pictures", "64", *map(str, options)])
 
 
-def to_the_end(process):
-    _, error = process.communicate(timeout=600)
-    assert process.returncode == 0, error.decode()[-2000:]
-
-
-def progress(path):
+def progress(path, part):
     with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["progress"])
+        return json.loads(file.metadata()[part])
 
 
-def draws(folder):
-    command = [sys.executable, "sample.py", "a cat", "--steps", "2"]
-    return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+def samples(folder):
+    return hipa.sample(hipa.load(folder), ["a cat"], [0], 2).std() > 0
 
 
-def test_from_the_font_to_a_picture(copy):
-    """Killed as soon as a state is kept; the same command continues from it and ends with a model that draws."""
-    short = ["--minutes", "0.1", "0.02", "0.05", "0.05"]
-    process, state = make(copy, *short), copy / "emoji" / "build" / "vae.state"
-    while not state.exists():
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = state.read_bytes()
-    to_the_end(make(copy, *short))
-    assert state.read_bytes() != kept
-    rows = (copy / "emoji" / "build" / "vae.csv").read_text().splitlines()
-    assert rows[0].startswith("minutes,samples,step,loss,psnr,edges") and len(rows) > 1
-    assert draws(copy)
+@needs_font
+@pytest.mark.slow
+def test_from_the_font_to_a_picture(home, monkeypatch, capsys):
+    """Killed when the VAE is written first; the same command continues from there, and ends with a model."""
+    command = "--minutes", 0.1, 0.02, 0.02, 0.02
+    write_weights = make.write_weights
+
+    def killed(folder, network, header=None):
+        write_weights(folder, network, header)
+        if header:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(make, "write_weights", killed)
+        run(*command)
+    assert not (home / "vae" / WEIGHTS).exists()  # emoji/ is not touched before all is there
+    [path] = home.glob(f"build/model-*/vae/{WEIGHTS}")
+    first, _ = progress(path, "vae"), capsys.readouterr()
+    run(*command)
+    assert capsys.readouterr().out.count("vae:") == 1  # only the second half
+    last = progress(home / "vae" / WEIGHTS, "vae")
+    assert 0 < first["step"] < last["step"] and last["minutes"] >= 0.1 and last["samples"] == 16 * last["step"]
+    assert samples(home) and len((home / "captions.txt").read_text("utf-8").splitlines()) > 370
+    mean, std = (f(make.Data("cpu", 64).latents(hipa.load(home).vae), dim=(0, 2, 3)) for f in (torch.mean, torch.std))
+    assert mean.abs().max() < 0.1 and (std - 1).abs().max() < 0.1
 
 
-def test_training_further(copy):
-    """Each part; without its build folder it continues from the weights, whose header says what they have had."""
-    to_the_end(make(copy, "--improve", "decoder", "0.05"))
-    to_the_end(make(copy, "--improve", "unet", "0.05"))
-    first = progress(copy / UNET)
-    assert 0.05 <= first["minutes"] < 0.2 and first["samples"] == 32 * first["step"] > 0
-    shutil.rmtree(copy / "emoji" / "build")
-    to_the_end(make(copy, "--improve", "unet", "0.1"))
-    second = progress(copy / UNET)
-    assert second["minutes"] >= 0.1 and second["step"] > first["step"]
-    assert draws(copy)
+@needs_font
+@pytest.mark.slow
+@pytest.mark.parametrize("part, network", [("unet", "text_encoder"), ("decoder", "vae")])
+def test_training_further(home, capsys, part, network):
+    """What is there goes on, with the minutes it has had; what another part trains stays as it is."""
+    path = make.weights_file(home / network)
+    first = progress(path, part)
+    run("--improve", part, first["minutes"] + 0.02)
+    last = progress(path, part)
+    assert capsys.readouterr().out.count(f"{part}:") == 1  # and not from the beginning
+    assert last["minutes"] >= first["minutes"] + 0.02 and last["step"] > first["step"] and samples(home)
 
 
-def test_a_copy_that_predicts_noise(copy):
-    to_the_end(make(copy, "--improve", "epsilon", "0.05"))
-    folder = copy / "emoji" / "build" / "epsilon"
-    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "epsilon"
-    assert progress(folder / "unet" / UNET.name)["step"] > 0
+@needs_font
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["epsilon", "varied"])
+def test_a_copy(home, part):
+    """Its training is its own. It has real pictures of its own if it is for others; `emoji/` stays as it is."""
+    before = {path: path.read_bytes() for path in home.glob("*/*.safetensors")}
+    run("--improve", part, 0.02)
+    folder, glyphs = home / "build" / part, evaluate.read_glyphs()
+    assert progress(folder / "unet" / WEIGHTS, part)["step"] < 10 and samples(folder)
+    model = hipa.load(folder)
+    assert model.guidance == 2.0 and (model.schedule.prediction_type == "epsilon") == (part == "epsilon")
+    ours, theirs = (evaluate.real_pictures(glyphs, path)[0][0] for path in (home, folder))
+    assert ours.equal(theirs) == (part == "epsilon")
+    assert before == {path: path.read_bytes() for path in home.glob("*/*.safetensors")}
 
 
 @pytest.mark.parametrize("what", [("unett", "5"), ("unet", "soon"), ("unet", "-1"), ("decoder", "nan")], ids="-".join)
 def test_a_typo_is_told_at_once(what):
-    done = subprocess.run(
-        [sys.executable, "emoji/make.py", "--improve", *what], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "--improve takes one of unet, decoder, epsilon" in done.stderr.splitlines()[-1]
+    with pytest.raises(hipa.UserError, match="--improve takes one of unet, decoder, epsilon|expected 2 arguments"):
+        make.main(["--improve", *what])
