@@ -11,16 +11,12 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest starts a process for each core; so do some tests
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-
-# Packages in a folder of their own, because where torchvision is installed, diffusers and transformers import it too.
-ORACLES = ROOT / "tests" / "oracles"
-INSTALL_ORACLES = "pip install --no-deps --target tests/oracles -r tests/requirements-nodeps.txt"
 
 SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
@@ -100,10 +96,10 @@ def run_sample(argv, capsys):
     import sample
 
     code = 0
-    with warnings.catch_warnings():  # run() replaces the function that shows them
+    with warnings.catch_warnings():  # each is shown once, as in a process of its own
         warnings.simplefilter("default")
         try:
-            sample.run(lambda: sample.main(sample.parse_args([str(arg) for arg in argv])))
+            sample.run(lambda: sample.main([str(arg) for arg in argv]))
         except SystemExit as end:
             code = end.code
     out, err = capsys.readouterr()

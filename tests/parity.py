@@ -46,7 +46,8 @@ def ours_from(theirs, folder):
     network, config = OURS[type(theirs).__name__]
     with torch.device("meta"):
         ours = network(hipa.read_config(config, folder / "config.json"))
-    hipa.assign_weights(ours, theirs.state_dict(), folder, torch.float32)
+    weights = theirs.state_dict()
+    ours.load_state_dict(network.rename(weights) if hasattr(network, "rename") else weights, strict=True, assign=True)
     return ours.eval().requires_grad_(False)
 
 

@@ -1,17 +1,16 @@
-"""The real compiler of torch.compile, on a CPU: with `--compile` the results are those without. Takes minutes."""
+"""The real compiler of torch.compile, on a CPU: training with `--compile` ends as without it. Takes minutes."""
 
+import csv
 import shutil
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import ROOT
-from training import LORA, log
+import hipa
+import train
+from lora import LORA_NAME
+from test_compile import small_distance, small_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,40 +18,26 @@ pytestmark = [
 ]
 
 
-def command(*argv):
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_pictures(tmp_path, steps):
-    """Three in batches of two, so that a second size of batch is compiled. Values differ by one of 255 at most."""
-    (tmp_path / "prompts.txt").write_text("a cat\na rocket\na red apple\n")
-    argv = ["sample.py", "--prompts", tmp_path / "prompts.txt", "--batch", 2, "--steps", steps, "--device", "cpu"]
-    plain, compiled = (
-        [np.asarray(Image.open(path)).astype(int) for path in command(*argv, "--out", tmp_path / name, *options)]
-        for name, options in (("plain", []), ("compiled", ["--compile"]))
-    )
-    assert len(plain) == len(compiled) == 3
-    assert max(np.abs(a - b).max() for a, b in zip(plain, compiled)) <= 1
-
-
-def test_training(tmp_path):
+def test_training(sd15_like, tmp_path, monkeypatch):
     """Four updates, two of the head start, which has one term only, and two of the whole loss: the same log, and the
     same adaptors as a whole. A single number may differ more: Adam's steps are as long where a gradient is small.
     """
-    # At the usual rate, 4e-3, the last bits of the first updates grow within three more to 5 % of the gradient's norm.
-    argv = ["train.py", "--data", "emoji", "--pairs", 16, "--steps", 4, "--teacher-steps", 2, "--device", "cpu"]
-    argv += ["--targets", tmp_path / "targets", "--lr", "4e-4"]
-    plain, compiled = (
-        command(*argv, "--out", tmp_path / name, option)
-        for name, option in (("plain", "--no-compile"), ("compiled", "--compile"))
+    load = hipa.load
+    monkeypatch.setattr(hipa, "load", lambda *args: small_model(load(*args), levels=1))
+    monkeypatch.setattr(train, "load_distance", lambda *_: small_distance())
+    monkeypatch.setattr(train, "save_samples", lambda *_: None)  # would compile the same for other inputs
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    options = "--pairs 8 --guidance 1 --teacher-steps 2 --steps 4 --batch 8 --head-start 0.5 --device cpu --rank 2"
+    for out, more in (("plain", []), ("compiled", ["--compile"])):
+        paths = ["--data", tmp_path / "prompts.txt", "--model", sd15_like, "--out", tmp_path / out]
+        train.main([*map(str, paths), *options.split(), "--targets", str(tmp_path / "targets"), *more])
+    plain, compiled = (list(csv.DictReader((tmp_path / out / "log.csv").open())) for out in ("plain", "compiled"))
+    assert len(plain) == len(compiled) == 4
+    for ours, theirs in zip(compiled, plain):
+        for name in theirs.keys() - {"seconds"}:
+            assert float(ours[name] or 0) == pytest.approx(float(theirs[name] or 0), rel=1e-4), name
+    ours, theirs = (
+        torch.cat([tensor.flatten() for tensor in load_file(tmp_path / out / LORA_NAME).values()])
+        for out in ("compiled", "plain")
     )
-    assert (plain, compiled) == ([str(tmp_path / "plain" / LORA)], [str(tmp_path / "compiled" / LORA)])
-    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    for name in log(plain).keys() - {"seconds"}:
-        found, expected = ([value or 0 for value in log(out)[name]] for out in (compiled, plain))
-        assert found == pytest.approx(expected, rel=1e-4), name
-    ours, theirs = (torch.cat([t.flatten() for t in load_file(out / LORA).values()]) for out in (compiled, plain))
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hipa
-from lora import add_lora, load_lora, merge, save_lora
-from losses import DISTS, VGG, HiPALoss, VGGConfig
+import train
+from lora import LORA_NAME, load_lora, merge
+from test_compile import small_distance, small_model
 
 PROMPTS, SEEDS, SIZE = ["a cat", "a dog"], [0, 1], (2, 3, 20, 28)
 DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -57,7 +58,7 @@ def test_the_accelerator_is_strict():
     assert (there * torch.tensor(2.0)).is_meta and there.to("cpu").tolist() == here.add(1).tolist()
 
 
-@pytest.mark.parametrize("steps, guidance", [(1, 1.0), (1, 2.0), (3, 2.0)])
+@pytest.mark.parametrize("steps, guidance", [(1, 1.0), (3, 2.0)])
 def test_sample(model, steps, guidance):
     pictures = hipa.sample(model, PROMPTS, SEEDS, steps, guidance, size=(28, 20), negative="a bird")
     assert pictures.is_meta and pictures.shape == SIZE
@@ -66,44 +67,33 @@ def test_sample(model, steps, guidance):
 @DEVICES
 @pytest.mark.parametrize("job", ["edit", "inpaint", "upscale"])
 def test_jobs(model, job, device):
-    """The result is where the given pictures are. Enlarged, 56 x 40 pixels are drawn in four tiles."""
+    """The result is where the given pictures are. Enlarged, 40 x 28 pixels are made in two tiles."""
     pictures, mask = torch.zeros(SIZE, device=device), torch.ones(2, 1, 20, 28, device=device)
+    if job == "upscale":
+        pictures = pictures[..., :14, :20]
     between = {"edit": [], "inpaint": [mask], "upscale": [2]}[job]
-    drawn = getattr(hipa, job)(model, pictures, *between, PROMPTS, SEEDS, steps=2)
-    assert drawn.device.type == device and drawn.shape == (SIZE if job != "upscale" else (2, 3, 40, 56))
+    result = getattr(hipa, job)(model, pictures, *between, PROMPTS, SEEDS, steps=1)
+    assert result.device.type == device and result.shape == (SIZE if job != "upscale" else (2, 3, 28, 40))
 
 
-@DEVICES
-def test_encode_and_decode(model, device):
-    latent = model.encode(torch.zeros(SIZE, device=device))
-    assert latent.is_meta and model.decode(latent).is_meta and model.decode(latent).shape == SIZE
-    assert model.encode_text(PROMPTS).is_meta
+def test_training(sd15_like, tmp_path, monkeypatch):
+    """All of train.py: targets, an update with later starts, what is saved. Then sampling with the file of adaptors."""
 
+    def load(*args):
+        model = small_model(hipa_load(*args), levels=2)
+        model.unet.to("meta"), model.vae.to("meta")
+        return model
 
-@pytest.mark.parametrize("first", [None, 600, torch.tensor([1, 999]), torch.tensor([1, 999], device="meta")], ids=str)
-def test_solver_and_teacher(model, first):
-    """Each picture's first timestep may be on either device."""
-    x = torch.zeros(2, 4, 8, 8, device="meta")
-    x0 = hipa.dpm_solver(lambda x, t: model.schedule.predict_x0(x, t, 0.5 * x), x, model.schedule, 2, first)
-    target = hipa.teacher(model, PROMPTS, x, 2, 2.0, first)
-    assert x0.is_meta and target.is_meta and x0.shape == target.shape == x.shape
+    hipa_load = hipa.load
+    monkeypatch.setattr(hipa, "load", load)
+    monkeypatch.setattr(train, "choose_device", lambda name: "meta")
+    monkeypatch.setattr(train, "load_distance", lambda *_: small_distance())
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    options = "--rank 2 --pairs 6 --teacher-steps 2 --steps 1 --batch 6 --accumulate 2 --head-start 0 --later 1"
+    paths = ["--data", tmp_path / "prompts.txt", "--model", sd15_like, "--out", tmp_path / "run"]
+    train.main([*map(str, paths), *options.split()])
 
-
-def test_training(model):
-    """The gradients are where the adaptors are."""
-    parameters = add_lora(model.unet, 2)
-    loss = HiPALoss(DISTS(VGG(VGGConfig(channels=(4, 8), convs=(1, 1)))), energy=1).to("meta")
-    x, timesteps = torch.zeros(2, 4, 8, 8, device="meta"), torch.tensor([999, 5], device="meta")
-    terms = hipa.adaptation_loss(model, loss, hipa.student(model, PROMPTS, x, timesteps), x)
-    sum(terms.values()).backward()
-    assert len(terms) == 4 and all(p.grad.is_meta and p.grad.shape == p.shape for p in parameters)
-
-
-def test_adaptors_from_a_file(model, sd15_like, tmp_path):
-    """They are on the CPU, and merge into weights that are not."""
-    here = hipa.load(sd15_like).unet
-    add_lora(here, 2, "all")
-    save_lora(tmp_path / "a.safetensors", here)
-    merge(model.unet, load_lora(tmp_path / "a.safetensors", model.unet), 0.5)
+    model = load(sd15_like, "meta")
+    merge(model.unet, load_lora(tmp_path / "run" / LORA_NAME, model.unet), 0.5)
     assert all(weight.is_meta for weight in model.unet.parameters())
     assert hipa.sample(model, PROMPTS, SEEDS, 1).is_meta

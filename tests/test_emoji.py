@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,7 +167,8 @@ def test_a_scene_and_its_caption_agree():
         assert scene.background is None or scene.background in caption
 
 
-@pytest.mark.slow  # needs the font
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(make.FONT).exists(), reason="apt-get install fonts-noto-color-emoji")
 def test_varied_scenes():
     """Half are mirrored, as whole pictures; what is alone can be anywhere in the frame, and does not leave it."""
     rng = random.Random(0)

@@ -327,7 +327,7 @@ REFUSED = {  # tensors and header, or the first bytes of a file; and what the me
     "nothing": (save({}), {}, "no adaptors"),
     "an empty file": (b"", {}, "cut or damaged"),
     "half a header": (b"\xff\x00\x00\x00\x00\x00\x00\x00{", {}, "cut or damaged"),
-    "a pickle": (b"PK", {}, "pickle"),
+    "a pickle": (b"PK\x03\x04", {}, "pickle"),
     "a web page": (b"<!doctype html>", {}, "web page"),
     "a git-LFS pointer": (b"version https://git-lfs.github.com/spec/v1", {}, "git lfs pull"),
 }

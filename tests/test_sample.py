@@ -1,18 +1,25 @@
 """The command line: a mistake ends in one line and exit code 2 with nothing written; else each picture has a name of
-its own, says how it was made, and does not depend on what is drawn beside it.
+its own, says how it was made, and does not depend on what is made beside it. Pictures of any kind go in.
 
-Most tests call `sample.run` in this process; the last few start the real command.
+Most tests call `sample.run` in this process; the last ones start the real command.
 """
 
+import errno
+import io
 import json
 import os
-import re
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,22 +30,18 @@ from safetensors.torch import load_file, save_file
 import hipa
 import sample
 from conftest import run_sample
-from vae import grid
 
 SAMPLE = Path(sample.__file__)
 SIDE = 32  # of the small checkpoint's pictures
 
 
 @pytest.fixture
-def cli(sd15_like, tmp_path, capsys):
-    """Runs the command line with the small checkpoint, one step, into tmp_path/out unless told otherwise.
+def cli(sd15_like, tmp_path, capsys, monkeypatch):
+    """Runs the command line in tmp_path: small checkpoint, one step, into out/ -> code, out, err (lines), paths."""
+    monkeypatch.chdir(tmp_path)
 
-    -> `code`, `out` and `err` (lines), `paths` of the pictures.
-    """
-
-    def call(*argv, steps=1):
-        argv = ["--model", sd15_like, "--out", tmp_path / "out", *(["--steps", steps] if steps else []), *argv]
-        code, out, err = run_sample(argv, capsys)
+    def call(*argv):
+        code, out, err = run_sample(["--model", sd15_like, "--out", "out", "--steps", 1, *argv], capsys)
         return SimpleNamespace(code=code, out=out, err=err, paths=[Path(line) for line in out if line.endswith(".png")])
 
     return call
@@ -61,63 +64,69 @@ def parameters(path):
     return Image.open(path).text["parameters"]
 
 
+def photo(width, height, mode="RGB"):
+    """Colours that run to the right and down, so that a turned picture shows"""
+    y, x = np.mgrid[:height, :width]
+    rgb = np.stack([255 * x / width, 255 * y / height, 128 + 0 * x], axis=2).astype("uint8")
+    return Image.fromarray(rgb).convert(mode)
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
-VALUES = {
-    "--steps": ["0", "1001", "2.5"], "--size": ["63", "64x63", "0", "64x0", "-64", "a", "9" * 5000, "99992"],
-    "--seed": ["-1", 2**64, "9" * 5000], "-n": ["0", 9 * 10**18],
-    "--batch": ["0"], "--guidance": ["nan", "inf", "-1", "x"],
-    "--dtype": ["float2"], "--device": ["cuda", "mps"],
+FILES = {
+    "taken": b"precious", "cut.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0", "text.png": b"a cat",
+    "page.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n",  # Pillow would start Ghostscript
+    "bomb.ppm": b"P6 12000 12000 255\n", "larger.ppm": b"P6 90000 90000 255\n",  # of the first, Pillow only warns
+    "empty.txt": b" \n\n\t\n", "bytes.txt": bytes(range(256)), "cut.json": b"{", "list.json": b"[]",
+    "number.json": b'{"annotations": [1]}', "no-captions.json": b'{"annotations": [{"image_id": 1}]}',
+    "empty.json": b'{"annotations": []}', "null.json": b'{"annotations": [{"image_id": 1, "caption": null}]}',
 }  # fmt: skip
-BAD = {
-    f"{option} {value}"[:20]: (["a cat", f"{option}={value}"], option.strip("-"))
-    for option, values in VALUES.items()
-    for value in values
-} | {
-    "an unknown option": (["a cat", "--stepz", "3"], "--stepz"),
-    "no prompt": ([], "give one prompt or --prompts"),
-    "a prompt and --prompts": (["a cat", "--prompts", "prompts.txt"], "give one prompt or --prompts"),
-    "two prompts": (["a cat", "a dog"], "a dog"),
-    "an unknown model": (["a cat", "--model", "no-such-model"], "no-such-model"),
-    "a file for a model": (["a cat", "--model", SAMPLE], "no model"),
-    "a folder of something else": (["a cat", "--model", "."], "config.json is missing"),
-    "no prompts file": (["--prompts", "missing.txt"], "missing.txt: No such file"),
-    "a folder for a prompts file": (["--prompts", "."], ": Is a directory"),
-    "a file in place of the folder": (["a cat", "--out", "taken"], "cannot write to the folder taken"),
-    "a folder inside a file": (["a cat", "--out", "taken/x"], "cannot write to the folder taken/x"),
-    "a folder nobody can write": (["a cat", "--out", "/proc/x"], "cannot write to the folder /proc/x"),
+VALUES = {
+    "--steps": ["0", "1001", "2.5"], "--seed": ["-1", 2**64, "9" * 5000], "-n": ["0", 9 * 10**18], "--batch": ["0"],
+    "--size": ["63", "64x63", "0", "64x0", "64x", "-64", "a", "9" * 5000, "99992"],
+    "--guidance": ["nan", "inf", "-1", "x"], "--dtype": ["float2"], "--device": ["cuda", "mps"],
+    "--strength": ["0", "1.01", "nan", "-0.5"], "--scale": ["0", "1", "2.5", "65"], "--lora": ["missing", "."],
+    "--stepz": ["3"],
+}  # fmt: skip
+BAD = {  # the command line -> words of the message
+    '"a cat" --model no-such-model': "no model 'no-such-model'",
+    f'"a cat" --model {SAMPLE.name}': "no model",
+    '"a cat" --model .': "model_index.json: No such file",
+    '"a cat" "a dog"': "a dog",
+    "": "give one prompt or --prompts",
+    "--image photo.png": "give one prompt or --prompts",
+    '"a cat" --prompts empty.txt': "give one prompt or --prompts",
+    "--prompts missing.txt": "missing.txt: No such file",
+    "--prompts .": ".: Is a directory",
+    '"a cat" --image missing.png': "missing.png: No such file",
+    '"a cat" --image photo.png --mask cut.png': "cut.png: ",
+    '"a cat" --strength 0.5': "need --image",
+    '"a cat" --mask photo.png': "need --image",
+    '"a cat" --scale 2': "need --image",
+    "--image photo.png --scale 2 --mask photo.png": "--scale goes with neither",
+    "--image photo.png --scale 2 --size 64": "--scale goes with neither",
 }
+BAD |= {f'"a cat" --image photo.png {name}={v}': name.strip("-") for name, values in VALUES.items() for v in values}
+BAD |= {f'"a cat" --out {path}': path for path in ("taken", "taken/x", "/proc/x")}
+BAD |= {f"--prompts {name}": f"{name}: " for name in FILES if name.endswith(("txt", "json"))}
+BAD |= {f'"" --image {name}': f"{name}: " for name in FILES if not name.endswith(("txt", "json"))}
+BAD['"" --image page.eps'] = "cannot identify"
 
 
-@pytest.mark.parametrize("argv, word", BAD.values(), ids=BAD)
-def test_bad_input(cli, tmp_path, monkeypatch, argv, word):
+@pytest.mark.parametrize("line", BAD, ids=lambda line: line[:70])
+def test_bad_input(cli, tmp_path, monkeypatch, line):
+    """One line that says what is wrong, exit code 2, nothing written, and no model loaded before."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").write_text("precious")
+    if "--model" not in line and "--size=6" not in line:  # which sizes are possible, the model knows
+        monkeypatch.setattr(hipa, "load", lambda *_: pytest.fail("a model is loaded"))
+    photo(40, 30).save("photo.png")
+    for name, content in FILES.items():
+        Path(name).write_bytes(content)
     before = files(tmp_path)
-    result = cli(*argv)
+    result = cli(*shlex.split(line))
     assert result.code == 2 and result.out == [] and len(result.err) == 1, result
-    assert "error: " in result.err[0] and word in result.err[0]
+    assert "error: " in result.err[0] and BAD[line] in result.err[0]
     assert files(tmp_path) == before
-
-
-PROMPT_FILES = {
-    "neither text": [
-        ("p.txt", bytes(range(256))), ("p.json", b"{"), ("p.json", b"[]"), ("p.json", b'{"annotations": [1]}'),
-        ("p.json", b'{"annotations": [{"image_id": 1}]}'),
-        ("p.json", b'{"annotations": [{"image_id": 1, "caption": null}]}'),
-    ],
-    "no prompts": [("p.txt", b""), ("p.txt", b" \n\n\t\n"), ("p.json", b'{"annotations": []}')],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("word", PROMPT_FILES)
-def test_a_bad_prompts_file(cli, tmp_path, word):
-    for name, content in PROMPT_FILES[word]:
-        (tmp_path / name).write_bytes(content)
-        result = cli("--prompts", tmp_path / name)
-        assert result.code == 2 and len(result.err) == 1 and f"{name} " in result.err[0] and word in result.err[0]
-        assert not files(tmp_path / "out")
 
 
 def test_no_picture_of_nan(cli, sd15_like, tmp_path):
@@ -129,234 +138,240 @@ def test_no_picture_of_nan(cli, sd15_like, tmp_path):
     assert result.code == 2 and "not finite" in result.err[-1] and not files(tmp_path / "out")
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
-@pytest.mark.parametrize(
-    "prompt, name",
-    {
-        "plain": ("a cat", "a-cat"),
-        "empty": ("", "picture"),
-        "NUL": ("a\0cat", "a-cat"),
-        "emoji": ("🐱🏳️‍🌈", "picture"),
-        "CJK": ("一只猫", "一只猫"),
-        "right to left": ("قطة", "قطة"),
-        "lone surrogate": ("a \udcff cat", "a-cat"),
-        "several lines": ("a\ncat", "a-cat"),
-        "a path": ("../../etc/passwd", "etc-passwd"),
-        "an absolute path": ("/etc/x", "etc-x"),
-        "a Windows path": (r"..\con:", "con"),
-    }.values(),
-)
-def test_any_prompt_gives_a_picture_with_a_safe_name(cli, tmp_path, prompt, name):
-    result = cli(prompt)
-    assert result.code == 0 and result.err == []
-    assert result.out == [str(tmp_path / "out" / f"0001-0-{name}.png")]
-    assert list(files(tmp_path)) == result.paths and Image.open(result.paths[0]).size == (SIDE, SIDE)
-
-
-@pytest.mark.parametrize("text", ["word " * 500, "猫" * 500, "é" * 500, "a" * 59 + "é", "x" * 5000])
-def test_a_long_prompt_gives_a_short_name(text):
-    """At most 60 bytes, not characters, and no half characters: file systems count bytes."""
-    name = sample.slug(text)
-    assert 50 < len(name.encode()) <= 60 and text.replace(" ", "-").startswith(name)
-
-
-def test_a_prompt_of_1000_words_is_cut_with_a_warning(cli):
-    result = cli("cat " * 75 + "horse " * 925, "-n", "2")
-    assert result.code == 0 and len(result.paths) == 3
-    assert len(result.err) == 1  # not one for each picture
-    assert re.fullmatch(r"warning: prompt longer than 75 tokens; dropped:.*horse", result.err[0])
+def test_a_full_disk(cli, tmp_path, monkeypatch):
+    """Neither an empty picture nor half of one is left."""
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    result = cli("a cat")
+    assert (result.code, len(result.err)) == (2, 1) and "No space left" in result.err[0]
+    assert not files(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------- names and metadata
-def test_nothing_is_overwritten(cli, tmp_path):
+@pytest.mark.parametrize("prompt, name", [
+    ("", "picture"), ("a\0cat", "a-cat"), ("🐱🏳️‍🌈", "picture"), ("一只猫", "一只猫"), ("قطة", "قطة"),
+    ("a \udcff cat", "a-cat"), ("a\ncat", "a-cat"), ("../../etc/passwd", "etc-passwd"), ("/etc/x", "etc-x"),
+    (r"..\con:", "con"), ("word " * 500, "word-" * 11 + "word"), ("é" * 500, "é" * 30), ("a" * 59 + "é", "a" * 59),
+])  # fmt: skip
+def test_names_are_safe(prompt, name):
+    """At most 60 bytes, not characters, and no half characters: file systems count bytes."""
+    assert sample.slug(prompt) == name
+
+
+@pytest.mark.parametrize("prompt", ["", "a\0 \udcff\n../cat", "cat " * 75 + "horse " * 925], ids=len)
+def test_any_prompt_gives_a_picture(cli, tmp_path, prompt):
+    """One that is too long is cut, with one warning, not one for each picture."""
+    result = cli(prompt, "-n", "2")
+    assert result.code == 0 and len(result.err) == ("horse" in prompt)
+    assert all(line.startswith("warning: ") and "horse" in line for line in result.err)
+    assert len(result.paths) == 3 and files(tmp_path).keys() == {path.absolute() for path in result.paths}
+
+
+def test_nothing_is_overwritten(cli, tmp_path, monkeypatch):
     """Numbers go on after the highest there is, whatever the file is."""
-    first = cli("a cat").paths
+    cli("a cat")
     before = files(tmp_path)
-    assert cli("a cat").paths == [tmp_path / "out" / "0002-0-a-cat.png"] != first
-    (tmp_path / "out" / "0041-notes.txt").write_text("")
-    assert cli("a dog").paths == [tmp_path / "out" / "0042-0-a-dog.png"]
-    assert before.items() <= files(tmp_path).items()
+    assert cli("a cat").out == ["out/0002-0-a-cat.png"]
+    Path("out/0041-notes.txt").write_text("")
+    assert cli("a dog").out == ["out/0042-0-a-dog.png"]
+    with monkeypatch.context() as patch:  # another process took the numbers after this one had looked
+        patch.setattr(os, "listdir", lambda folder: [])
+        sample.save(photo(4, 4), Path("out"), "0-a-cat", "")
+    assert Image.open("out/0003-0-a-cat.png").size == (4, 4)
+    assert before.items() <= files(tmp_path).items() and len(files(tmp_path)) == 5
 
 
-def test_a_name_taken_in_the_meantime(tmp_path):
-    """Two runs at once: the file that the other one wrote first stays."""
-    numbers = sample.next_numbers(tmp_path)
-    taken = tmp_path / "0001-x.png"
-    taken.write_text("precious")
-    path = sample.save(Image.new("RGB", (4, 4)), tmp_path, numbers, "x", "")
-    assert path.name == "0002-x.png" and taken.read_text() == "precious"
-
-
-def test_the_picture_says_how_it_was_made(cli, sd15_like):
-    path = cli("a cat, 猫", "--seed", "7", "--steps", "2", "--guidance", "3.5", "--negative", "a dog").paths[0]
-    prompt, negative, rest = parameters(path).split("\n")
-    assert (prompt, negative) == ("a cat, 猫", "Negative prompt: a dog")
-    for part in ("Steps: 2", "CFG scale: 3.5", "Seed: 7", f"Size: {SIDE}x{SIDE}", f"Model: {sd15_like}"):
-        assert part in rest.split(", ")
-
-
-@pytest.mark.parametrize(
-    "name, steps, expected",
-    [
-        (None, 1, "1"), (None, 2, "7.5"), ("sd15", 2, "7.5"), ("emoji", 2, "2"), ("emoji", 1, "1"),
-        ("sd-turbo", None, "1"), ("sd-turbo", 2, "1"),
-    ],
-)  # fmt: skip
-def test_guidance_and_steps_by_default(cli, sd15_like, monkeypatch, name, steps, expected):
-    """Guidance is the model's own, known by its short name, else 7.5; with one step it is none. sd-turbo: one step."""
-    if name:
-        monkeypatch.setitem(hipa.SHORT_NAMES, name, sd15_like)
-    made = cli("a cat", "--model", name or sd15_like, "--lora", "none", steps=steps)
-    assert f"Steps: {steps or 1}, " in parameters(made.paths[0])
-    assert f"CFG scale: {expected}, " in parameters(made.paths[0])
-
-
-def test_the_negative_prompt_and_guidance_count(cli):
-    guided = [("--steps", "2", *extra) for extra in ((), ("--negative", "a dog and a cat"), ("--guidance", "1"))]
-    plain, negative, unguided = (cli("a cat", *argv).paths[0] for argv in guided)
-    assert not alike(plain, negative) and not alike(plain, unguided)
+def test_the_picture_says_how_it_was_made(cli, sd15_like, tmp_path):
+    """Guidance is by default that of model_index.json, else 7.5, and at one step none. A negative prompt counts."""
+    own = shutil.copytree(sd15_like, tmp_path / "own")
+    index = json.loads((own / "model_index.json").read_text())
+    (own / "model_index.json").write_text(json.dumps(index | {"_guidance": 2.5}))
+    argvs = ["--steps 2", "--steps 2 --guidance 1", "--steps 2 --negative dog", "--steps 1", f"--steps 2 --model {own}"]
+    paths = [cli("a cat, 猫", "--seed", "7", *argv.split()).paths[0] for argv in argvs]
+    for path, scale in zip(paths, ("7.5", "1", "7.5", "1", "2.5")):
+        prompt, *negative, rest = parameters(path).split("\n")
+        assert prompt == "a cat, 猫" and negative == ["Negative prompt: dog"] * (path == paths[2])
+        assert {f"CFG scale: {scale}", "Seed: 7", f"Size: {SIDE}x{SIDE}"} <= set(rest.split(", "))
+    assert {"Steps: 2", f"Model: {own}"} <= set(rest.split(", "))
+    assert not alike(paths[0], paths[1]) and not alike(paths[0], paths[2])
 
 
 # ---------------------------------------------------------------------------------------------------- several pictures
 def test_three_pictures_and_their_grid(cli):
-    """Two columns; the place that is left stays white."""
+    """Picture k is made from seed + k, whatever the batch. Grids are about square, and white where nothing is."""
     *pictures, grid = cli("a cat", "-n", "3", "--seed", "5").paths
     assert [path.name for path in pictures] == [f"000{k + 1}-{5 + k}-a-cat.png" for k in range(3)]
     assert grid.name == "0004-grid-a-cat.png"
     sheet = pixels(grid)
     cells = [sheet[y : y + SIDE, x : x + SIDE] for y in (0, SIDE) for x in (0, SIDE)]
     assert sheet.shape == (2 * SIDE, 2 * SIDE, 3) and (cells[3] == 255).all()
-    assert all((cell == pixels(path)).all() for cell, path in zip(cells, pictures, strict=False))
+    assert all((cell == pixels(path)).all() for cell, path in zip(cells, pictures))
+    sizes = [sample.grid([Image.new("1", (8, 4))] * count).size for count in (1, 2, 4, 5, 10)]
+    assert sizes == [(8, 4), (16, 4), (16, 8), (24, 8), (32, 12)]
+    in_twos = cli("a cat", "-n", "3", "--seed", "5", "--batch", "2").paths
+    assert all(alike(a, b) for a, b in zip(pictures, in_twos))
+    assert alike(pictures[1], cli("a cat", "--seed", "6").paths[0]) and not alike(pictures[0], pictures[1])
 
 
-@pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (9, 3, 3), (10, 4, 3)])
-def test_grids_are_about_square(count, columns, rows):
-    assert grid([Image.new("RGB", (8, 4))] * count).size == (8 * columns, 4 * rows)
+def test_a_file_of_prompts(cli):
+    """One a line, empty lines and a byte order mark apart; each has its grid; the seeds go on counting."""
+    Path("prompts.txt").write_text("\ufeffa cat\r\n\n  a dog  \n猫\n", "utf-8")
+    paths = cli("--prompts", "prompts.txt", "-n", "2", "--batch", "3").paths
+    names = ["0-a-cat", "1-a-cat", "grid-a-cat", "2-a-dog", "3-a-dog", "grid-a-dog", "4-猫", "5-猫", "grid-猫"]
+    assert [path.stem.partition("-")[2] for path in paths] == names
+    assert [parameters(path).split("\n")[0] for path in paths[::3]] == ["a cat", "a dog", "猫"]
+    assert alike(paths[3], cli("a dog", "--seed", "2").paths[0])
 
 
-def test_picture_k_is_drawn_from_seed_plus_k_whatever_the_batch(cli):
-    together = cli("a cat", "-n", "3", "--seed", "5", "--batch", "4").paths[:3]
-    in_twos = cli("a cat", "-n", "3", "--seed", "5", "--batch", "2").paths[:3]
-    alone = [cli("a cat", "--seed", seed).paths[0] for seed in (5, 6, 7)]
-    for a, b, c in zip(together, in_twos, alone, strict=True):
-        assert alike(a, b) and alike(a, c)
-    assert not alike(alone[0], alone[1])
-
-
-def test_the_largest_seed(cli):
-    """2^63 - 1, and the one after it."""
-    assert len(cli("a cat", "--seed", 2**63 - 1, "-n", "2").paths) == 3
-
-
-@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["plain", "byte order mark"])
-def test_a_file_of_prompts(cli, tmp_path, start):
-    """One a line, empty lines apart; the seeds go on counting, so a batch may hold several prompts."""
-    (tmp_path / "prompts.txt").write_text(f"{start}a cat\r\n\n  a dog  \n猫\n", "utf-8")
-    paths = cli("--prompts", tmp_path / "prompts.txt").paths
-    assert [path.name for path in paths] == ["0001-0-a-cat.png", "0002-1-a-dog.png", "0003-2-猫.png"]
-    assert [parameters(path).split("\n")[0] for path in paths] == ["a cat", "a dog", "猫"]
-    assert alike(paths[1], cli("a dog", "--seed", "1").paths[0])
-
-
-def test_each_prompt_of_a_file_has_its_grid(cli, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    names = [path.name for path in cli("--prompts", tmp_path / "prompts.txt", "-n", "2", "--batch", "3").paths]
-    assert [name.partition("-")[2].removesuffix(".png") for name in names] == [
-        *("0-a-cat", "1-a-cat", "grid-a-cat", "2-a-dog", "3-a-dog", "grid-a-dog")
-    ]
-
-
-def test_a_coco_captions_file(cli, tmp_path):
+def test_a_coco_captions_file(tmp_path):
     """The first caption of each image, as FID-5k is measured; others are left out, line breaks become spaces."""
     captions = [(9, "a cat"), (4, "a\n dog "), (9, "another cat"), (4, "x"), (5, "a horse")]
     annotations = [{"image_id": image, "id": k, "caption": text} for k, (image, text) in enumerate(captions)]
     (tmp_path / "captions.json").write_text(json.dumps({"info": {}, "annotations": annotations}))
-    paths = cli("--prompts", tmp_path / "captions.json").paths
-    assert [parameters(path).split("\n")[0] for path in paths] == ["a cat", "a dog", "a horse"]
+    assert sample.read_prompts(tmp_path / "captions.json") == ["a cat", "a dog", "a horse"]
 
 
-# ----------------------------------------------------------------------------------------------------- sizes, terminal
-@pytest.mark.parametrize("size, expected", [("48x32", (48, 32)), ("64", (64, 64)), ("20x12", (20, 12)), ("4", (4, 4))])
+@pytest.mark.parametrize("size, expected", [("48x32", (48, 32)), ("20x12", (20, 12)), ("4", (4, 4))])
 def test_sizes(cli, size, expected):
-    """Width first; also latents of odd sides, which the UNet's halvings do not divide."""
-    assert Image.open(cli("a cat", "--size", size).paths[0]).size == expected
+    """Width first; also latents of odd sides, which the UNet's halvings do not divide. The largest seed."""
+    assert Image.open(cli("a cat", "--size", size, "--seed", 2**62).paths[0]).size == expected
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_draws_about_the_same_picture(cli, dtype):
-    full, half = (cli("a cat", "--dtype", d).paths[0] for d in ("float32", dtype))
+def test_half_precision_gives_about_the_same_picture(cli, dtype):
+    photo(SIDE, SIDE).save("photo.png")
+    full, half = (cli("a cat", "--image", "photo.png", "--dtype", d).paths[0] for d in ("float32", dtype))
     assert np.abs(pixels(full) - pixels(half)).mean() < 8
 
 
-def test_show_draws_in_half_blocks(cli):
-    """Each line of text is two lines of the picture, and its path follows."""
-    *drawn, path = cli("a cat", "--size", "16x8", "--show").out
-    colours = [re.findall(r"\x1b\[38;2;(\d+);(\d+);(\d+);48;2;(\d+);(\d+);(\d+)m▀", line) for line in drawn]
-    top_and_bottom = np.array(colours, int).reshape(4, 16, 2, 3).transpose(0, 2, 1, 3).reshape(8, 16, 3)
-    assert (top_and_bottom == pixels(path)).all() and all(line.endswith("\x1b[0m") for line in drawn)
+# ------------------------------------------------------------------------------------------------ starting from a file
+def test_three_jobs(cli):
+    """Edited and inpainted to its own size, 45 x 37, and enlarged; each says what it was made from."""
+    photo(45, 37).save("photo.png")
+    mask = np.zeros((37, 45), "uint8")
+    mask[10:20, 20:] = 255
+    Image.fromarray(mask).save("mask.png")
+    [edited] = cli("a cat", "--image", "photo.png", "--strength", "0.5").paths
+    first, second, grid = cli("a cat", "--image", "photo.png", "--mask", "mask.png", "-n", "2").paths
+    [enlarged] = cli("--image", "photo.png", "--scale", "3").paths
+    source = np.asarray(photo(45, 37))
+    assert pixels(edited).shape == source.shape and not np.array_equal(pixels(edited), source)
+    for picture in (pixels(first), pixels(second)):
+        assert np.array_equal(picture[mask == 0], source[mask == 0]), "to the bit"
+        assert (picture[mask > 0] - source[mask > 0]).any()
+    assert not alike(first, second) and pixels(grid).shape == (37, 90, 3)
+    assert pixels(enlarged).shape == (111, 135, 3)
+    reduced = np.asarray(Image.open(enlarged).resize((45, 37), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(reduced - source).mean() < 8, "reduced, it is the given picture again"
+    words = [parameters(path) for path in (edited, first, enlarged)]
+    assert "Image: photo.png, Denoising strength: 0.5" in words[0] and "Size: 44x36" in words[0]
+    assert "Denoising strength: 0.9, Mask: mask.png" in words[1]
+    assert words[2].startswith("\nSteps: 1") and "Denoising strength: 0.3, Scale: 3" in words[2]
 
 
-def test_only_paths_go_where_no_terminal_is(cli, monkeypatch):
-    """Even if the terminal has colours: the output is piped."""
-    monkeypatch.setenv("COLORTERM", "truecolor")
-    result = cli("a cat", "-n", "2")
-    assert len(result.out) == len(result.paths) == 3 and all(path.exists() for path in result.paths)
+@pytest.mark.parametrize("size, expected", [
+    ((32, 32), (32, 32)), ((45, 37), (44, 36)), ((24, 24), (24, 24)), ((1024, 768), (36, 28)), ((10, 8), (36, 28)),
+    ((1, 5000), (4, 2264)),
+])  # fmt: skip
+def test_size_to_work_at(sd15_like, size, expected):
+    """About the picture's own if that is half to twice the model's area, 32 x 32; else that area in its shape."""
+    model, picture = hipa.load(sd15_like), Image.new("1", size)
+    assert sample.picture_size(model, image=picture) == expected
+    assert sample.picture_size(model, (40, 24), picture) == (40, 24)
+
+
+KINDS = (
+    """RGB.png L.png 1.png P.png LA.png RGBA.png RGB.jpg CMYK.jpg YCbCr.jpg CMYK.tif P.gif RGB.webp RGB.bmp RGB.ppm"""
+)
+
+
+@pytest.mark.parametrize("name", KINDS.split())
+def test_kinds_of_pictures(tmp_path, name):
+    made = photo(40, 30, name.split(".")[0])
+    made.save(tmp_path / name, quality=95)
+    read = sample.read_picture(tmp_path / name)
+    assert read.mode == "RGB" and read.size == (40, 30)
+    error = np.abs(np.asarray(read).astype(int) - np.asarray(made.convert("RGB"))).mean()
+    assert error == 0 if name.endswith("png") else error < 8
+
+
+def test_transparency_is_white_in_a_picture_and_black_in_a_mask(tmp_path):
+    half, white = photo(40, 30, "RGBA"), Image.new("RGBA", (40, 30), "white")
+    for picture, name in ((half, "half.png"), (white, "mask.png")):
+        picture.paste((0, 255, 0, 0), (0, 0, 20, 30))
+        picture.save(tmp_path / name)
+    read, mask = sample.read_picture(tmp_path / "half.png"), sample.read_mask(tmp_path / "mask.png", (40, 30))
+    assert (np.asarray(read)[:, :20] == 255).all() and not np.asarray(mask)[:, :20].any()
+    assert np.array_equal(np.asarray(read)[:, 20:], pixels(tmp_path / "half.png")[:, 20:])
+    assert (np.asarray(mask)[:, 20:] == 255).all()
+    Image.new("P", (4, 3)).save(tmp_path / "palette.png", transparency=0)  # its only colour, black, is transparent
+    assert np.asarray(sample.read_picture(tmp_path / "palette.png")).min() == 255
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_16_bits(tmp_path, name):
+    """The upper 8 of them count; Pillow alone would cut everything above 255 to white."""
+    values = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype("uint16")
+    Image.fromarray(values).save(tmp_path / name)
+    read = np.asarray(sample.read_picture(tmp_path / name))[..., 0]
+    assert np.abs(read - values / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(tmp_path, orientation):
+    """As viewers show it, which is what the camera's owner saw."""
+    exif, upright, turn = Image.Exif(), photo(40, 30), Image.Transpose
+    exif[0x0112] = orientation
+    stored = [None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE, turn.ROTATE_90,
+        turn.TRANSVERSE, turn.ROTATE_270][orientation - 1]  # fmt: skip
+    (upright if stored is None else upright.transpose(stored)).save(tmp_path / "photo.png", exif=exif)
+    assert sample.read_picture(tmp_path / "photo.png") == upright
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "P", "LA"])
+@pytest.mark.parametrize("size", [(40, 30), (400, 300), (7, 5)])
+def test_mask_of_any_mode_and_size(tmp_path, mode, size):
+    """It is stretched over the picture, and then black or white."""
+    half = np.tile(np.where(np.arange(size[0]) * 2 < size[0], 0, 255).astype("uint8"), (size[1], 1))
+    Image.fromarray(half).convert(mode).save(tmp_path / "mask.png")
+    mask = np.asarray(sample.read_mask(tmp_path / "mask.png", (40, 30)))
+    assert mask.shape == (30, 40) and set(np.unique(mask)) == {0, 255}
+    assert not mask[:, :19].any() and (mask[:, 23:] == 255).all()
 
 
 # ---------------------------------------------------------------------------------------------------- the real command
-@pytest.fixture
-def command(sd15_like, tmp_path):
-    def start(*argv, stdout=subprocess.PIPE, **env):
-        return subprocess.Popen(
-            [sys.executable, SAMPLE, "--model", sd15_like, "--out", tmp_path / "out", *argv],
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # pytest in the background ignores it
-        )
-
-    return start
+def test_in_a_notebook(sd15_like, tmp_path, monkeypatch):
+    """`%run sample.py`, in a thread, without real files for stdout and stderr. Warnings are then shown as before."""
+    out, err, shown = io.StringIO(), io.StringIO(), warnings.showwarning
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "a cat", "--model", str(sd15_like), "--out", str(tmp_path)])
+    thread = threading.Thread(target=runpy.run_path, args=(str(SAMPLE),), kwargs={"run_name": "__main__"})
+    thread.start()
+    thread.join()
+    assert out.getvalue() == f"{tmp_path / '0001-0-a-cat.png'}\n" and "rror" not in err.getvalue()
+    assert Image.open(out.getvalue().strip()).size == (SIDE, SIDE)
+    assert warnings.showwarning is shown
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_the_command(command, tmp_path, encoding):
-    """Paths to stdout, also where a Windows pipe or an old locale cannot spell them; no traceback."""
-    process = command("猫", "--steps", "1", PYTHONIOENCODING=encoding)
-    out, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
-    assert list(files(tmp_path)) == [tmp_path / "out" / "0001-0-猫.png"]
-    assert re.fullmatch(r".*/out/0001-0-.+\.png\n", out) and (encoding == "ascii" or "猫" in out)
-
-
-@pytest.mark.parametrize("argv", [["a cat", "--stepz", "3"], ["--help"]], ids=["a typo", "help"])
-def test_the_command_answers_without_torch(command, tmp_path, argv):
-    """At once, not after the seconds that torch takes to import: here, importing it would be an error."""
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    process = command(*argv, PYTHONPATH=str(tmp_path))
-    out, err = process.communicate()
-    if argv == ["--help"]:
-        assert process.returncode == 0 and "--strength" in out and not err
-    else:
-        assert process.returncode == 2 and re.fullmatch(r"error: unrecognized arguments: --stepz.*\n", err) and not out
-
-
-def test_a_closed_pipe(command):
-    """`sample.py … | head -0`: ends without a traceback."""
+@pytest.mark.parametrize("end", ["Ctrl-C", "a closed pipe"])
+def test_the_command_ends_early(sd15_like, tmp_path, end):
+    """Without a traceback; the pictures that were announced are whole. A closed pipe: `sample.py … | head -0`."""
     reader, writer = os.pipe()
-    os.close(reader)
-    process = command("a cat", "--steps", "1", "-n", "3", stdout=writer)
+    argv = [sys.executable, SAMPLE, "猫", "--model", sd15_like, "--out", tmp_path, "-n", "10000", "--batch", "1"]
+    awake = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # it is ignored in the background
+    process = subprocess.Popen(argv, stdout=writer, stderr=subprocess.PIPE, text=True, preexec_fn=awake)
     os.close(writer)
+    with open(reader, encoding="utf-8") as out:
+        if end == "Ctrl-C":
+            path = out.readline().strip()
+            process.send_signal(signal.SIGINT)
+            assert path.endswith("0001-0-猫.png") and Image.open(path).convert("RGB").size == (SIDE, SIDE)
     _, err = process.communicate()
-    assert process.returncode == 1 and "Traceback" not in err and "Exception" not in err
+    assert process.returncode == (130 if end == "Ctrl-C" else 2)
+    assert "Traceback" not in err and "Exception" not in err
 
 
-def test_ctrl_c(command, tmp_path):
-    """In the midst of drawing: no traceback, and the pictures that were announced are whole."""
-    process = command("a cat", "--steps", "2", "-n", "10000", "--batch", "1")
-    first = Path(process.stdout.readline().strip())
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130 and "Traceback" not in err
-    assert Image.open(first).convert("RGB").size == (SIDE, SIDE)
+def test_help(cli):
+    result = cli("--help")
+    assert result.code == 0 and not result.err
+    assert all(word in "".join(result.out) for word in ("--strength", "--guidance", 'python sample.py "a cat"'))

@@ -29,32 +29,32 @@ def no_gradients():
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule
+def schedule_of(prediction_type="epsilon"):
+    return hipa.Schedule(**SCHEDULE, prediction_type=prediction_type)
+
+
 def test_schedule():
     """The noise is diffusers', and at t = 999 an error in epsilon is 14.61 times as large in x0."""
-    schedule = hipa.Schedule()
+    schedule = schedule_of()
     assert torch.equal(schedule.alphas_cumprod, DDPMScheduler(**SCHEDULE).alphas_cumprod)
     alpha, sigma = schedule.alpha_sigma(999)
     assert alpha.dtype == sigma.dtype == torch.float64 and alpha.shape == sigma.shape == ()
     assert (alpha.item() ** 2, (sigma / alpha).item()) == pytest.approx((0.004660, 14.61), rel=1e-3)
-    levels = [torch.stack([schedule.alpha_sigma(t)[k] for t in (3, 999)]).float() for k in (0, 1)]
-    for ours, expected in zip(schedule.alpha_sigma(torch.tensor([3, 999])), levels):
-        assert ours.shape == (2, 1, 1, 1)
-        torch.testing.assert_close(ours.flatten(), expected)
 
 
-@pytest.mark.parametrize("t", [0, 1, 500, 999, [17, 999]], ids=str)
+@pytest.mark.parametrize("t", [0, 500, 999, [17, 999]], ids=str)
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_noise_and_prediction(prediction_type, t):
     """add_noise is diffusers', and from the x it gives and a perfect prediction, predict_x0 gives back x0.
 
     At one timestep, or at one for each picture.
     """
-    schedule, reference = hipa.Schedule(prediction_type=prediction_type), DDPMScheduler(**SCHEDULE)
-    x0, epsilon, when = normal(2, 4, 6, 5), normal(2, 4, 6, 5, seed=1), torch.tensor(t).expand(2)
+    schedule, reference = schedule_of(prediction_type), DDPMScheduler(**SCHEDULE)
+    x0, epsilon, timesteps = normal(2, 4, 6, 5), normal(2, 4, 6, 5, seed=1), torch.tensor(t).expand(2)
     t = torch.tensor(t) if isinstance(t, list) else t
     x = schedule.add_noise(x0, t, epsilon)
-    assert_same(f"noised to {t}", x, reference.add_noise(x0, epsilon, when))
-    prediction = epsilon if prediction_type == "epsilon" else reference.get_velocity(x0, epsilon, when)
+    assert_same(f"noised to {t}", x, reference.add_noise(x0, epsilon, timesteps))
+    prediction = epsilon if prediction_type == "epsilon" else reference.get_velocity(x0, epsilon, timesteps)
     assert_same(f"x0, t = {t}", schedule.predict_x0(x, t, prediction), x0)
 
 
@@ -68,72 +68,41 @@ def toy_network(x, t):
     return torch.tanh((0.4 + t / 2000) * x + 0.3 * x.roll(1, -1) + 0.2)
 
 
-def predict_x0_of(schedule):
-    return lambda x, t: schedule.predict_x0(x, t, toy_network(x, t))
-
-
 def test_timesteps():
     """From 999, pure noise, down: diffusers' "trailing" spacing. 48, 96 and 112 steps have halves to round."""
     for steps in (*range(1, 61), 96, 112, 144, 1000):
         reference = diffusers_solver()
         reference.set_timesteps(steps)
-        assert hipa.Schedule().timesteps(steps) == reference.timesteps.tolist()
+        assert schedule_of().timesteps(steps) == reference.timesteps.tolist()
 
 
-@pytest.mark.parametrize("first", [0, 5, 299, 699, 998, 999])
+@pytest.mark.parametrize("first", [0, 5, 299, 998, 999])
 @pytest.mark.parametrize("steps", [1, 2, 5, 25])
 def test_timesteps_from_any_first(first, steps):
     """Down from `first`, evenly, and not to -1, the clean picture; from 999 those of `sample`."""
-    timesteps = hipa.Schedule().timesteps(steps, first)
+    timesteps = schedule_of().timesteps(steps, first)
     assert timesteps[0] == first and len(timesteps) == min(steps, first + 1)
     strides = [a - b for a, b in zip(timesteps, [*timesteps[1:], -1])]
     assert min(strides) >= 1 and max(strides) - min(strides) <= 1
-    assert first < 999 or timesteps == hipa.Schedule().timesteps(steps)
-
-
-def test_timesteps_from_one_first_for_each_picture():
-    """(steps, B), as many steps as the lowest allows."""
-    schedule, first = hipa.Schedule(), torch.tensor([999, 300, 5])
-    for steps, most in ((1, 1), (4, 4), (25, 6)):
-        found = schedule.timesteps(steps, first)
-        assert found.T.tolist() == [schedule.timesteps(most, t) for t in first.tolist()]
+    assert first < 999 or timesteps == schedule_of().timesteps(steps)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 25, 50])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50])
 def test_solver(steps, prediction_type):
-    """Noise ends where diffusers' solver takes it, whatever the network predicts and however many steps there are."""
-    schedule, reference = hipa.Schedule(prediction_type=prediction_type), diffusers_solver(prediction_type)
-    start, calls = normal(2, 4, 6, 5), []
-    ours = hipa.dpm_solver(predict_x0_of(schedule), start, schedule, steps, progress=lambda: calls.append(1))
-    theirs = start
+    """Noise ends where diffusers' solver takes it, whatever the network predicts and however many steps there are.
+
+    With one step, that is the closed form: x0 = (x_T - sigma epsilon) / alpha at t = 999, and nothing else.
+    """
+    schedule, reference = schedule_of(prediction_type), diffusers_solver(prediction_type)
+    theirs = start = normal(2, 4, 6, 5)
+    ours = hipa.dpm_solver(lambda x, t: schedule.predict_x0(x, t, toy_network(x, t)), start, schedule, steps)
     reference.set_timesteps(steps)
     for t in reference.timesteps:
         theirs = reference.step(toy_network(theirs, t.item()), t, theirs).prev_sample
     assert_same(f"solver, {prediction_type}, {steps} steps", ours, theirs, relative=True)
-    assert len(calls) == steps  # progress is told of every step
-
-
-@pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("steps", [1, 2, 4, 25])
-def test_each_picture_from_its_own_first(steps, prediction_type):
-    """A batch that begins at several timesteps is solved as each of its pictures alone."""
-    schedule, x = hipa.Schedule(prediction_type=prediction_type), normal(3, 4, 6, 5)
-
-    def network(x, t):
-        return schedule.predict_x0(x, t, torch.tanh(0.7 * x + 0.2))
-
-    together = hipa.dpm_solver(network, x, schedule, steps, torch.tensor([999, 300, 40]))
-    alone = [hipa.dpm_solver(network, x[k : k + 1], schedule, steps, t) for k, t in enumerate((999, 300, 40))]
-    assert_same(f"firsts, {prediction_type}, {steps} steps", together, torch.cat(alone), relative=True)
-
-
-def test_one_step_is_the_closed_form():
-    """With one step the solver is x0 = (x_T - sigma epsilon) / alpha at t = 999, and nothing else."""
-    schedule, x = hipa.Schedule(), normal(2, 4, 6, 5)
-    (alpha, sigma), epsilon = schedule.alpha_sigma(999), toy_network(x, 999)
-    x0 = hipa.dpm_solver(predict_x0_of(schedule), x, schedule, 1)
-    assert_same("one step", x0, (x - sigma * epsilon) / alpha, relative=True)
+    if steps == 1:
+        assert torch.equal(ours, schedule.predict_x0(start, 999, toy_network(start, 999)))
 
 
 # ------------------------------------------------------------------------------------------------------------ pipeline
@@ -152,18 +121,15 @@ def run_pipeline(pipeline, prompts, seeds, steps, guidance, negative="", size=(3
     return pipeline.vae.decode(made / pipeline.vae.config.scaling_factor).sample if output == "latent" else made
 
 
-@pytest.mark.parametrize("guidance", [1.0, 7.5])
-@pytest.mark.parametrize("steps", [1, 2, 10, 25])
+@pytest.mark.parametrize("steps, guidance", [(1, 1.0), (1, 7.5), (3, 1.0), (12, 7.5)])
 def test_sample(model, pipeline, steps, guidance):
-    """From prompts and seeds to pictures, a batch of two, with guidance and without."""
-    prompts, seeds = ["a cat and a dog", ""], [3, 2**40]
-    ours, theirs = (
-        hipa.sample(model, prompts, seeds, steps, guidance),
-        run_pipeline(pipeline, prompts, seeds, steps, guidance),
-    )
+    """From prompts and seeds to pictures, a batch of two, with guidance and without. `progress` hears of every step."""
+    prompts, seeds, calls = ["a cat and a dog", ""], [3, 2**40], []
+    given = {} if guidance == (1.0 if steps == 1 else 7.5) else {"guidance": guidance}  # the default need not be given
+    ours = hipa.sample(model, prompts, seeds, steps, **given, progress=lambda: calls.append(1))
+    theirs = run_pipeline(pipeline, prompts, seeds, steps, guidance)
     assert_same(f"sample, {steps} steps, guidance {guidance}", ours, theirs, relative=True)
-    if guidance == (1.0 if steps == 1 else 7.5):  # the default
-        assert torch.equal(ours, hipa.sample(model, prompts, seeds, steps))
+    assert len(calls) == steps
 
 
 def test_sample_with_a_negative_prompt_and_a_size(model, pipeline):
@@ -184,7 +150,7 @@ def test_a_picture_does_not_depend_on_its_batch(model, guidance):
     assert_same("alone", hipa.sample(model, ["a dog"], [8], 3, guidance), together[1:2])
 
 
-@pytest.mark.parametrize("steps", [1, 25])
+@pytest.mark.parametrize("steps", [1, 6])
 def test_command_line(checkpoint, pipeline, steps, tmp_path, capsys):
     """`sample.py` writes the pipeline's pictures, from seeds 0 and 1, each byte within 1, and both in a grid."""
     argv = ["a cat", "--model", checkpoint, "--out", tmp_path, "--device", "cpu", "--steps", steps, "-n", 2]
@@ -225,15 +191,6 @@ def test_teacher(model, adapted):
     assert not target.requires_grad and torch.equal(model.decode(same), pictures)
     assert torch.equal(target, hipa.teacher(model, PROMPTS, x_T, 3, 5.0))
     assert not torch.equal(target, hipa.dpm_solver(hipa.predictor(adapted, PROMPTS, 5.0), x_T, model.schedule, 3))
-
-
-def test_teacher_from_later_timesteps(model):
-    """Each picture of a batch may begin at its own."""
-    x, first = normal(2, 4, 8, 8), [999, 300]
-    together = hipa.teacher(model, PROMPTS, x, 3, 2.0, torch.tensor(first))
-    predict = [hipa.predictor(model, [prompt], 2.0) for prompt in PROMPTS]
-    alone = [hipa.dpm_solver(predict[k], x[k : k + 1], model.schedule, 3, t) for k, t in enumerate(first)]
-    assert_same("teacher, two firsts", together, torch.cat(alone), relative=True)
 
 
 @pytest.mark.parametrize("timestep", [999, [999, 300]], ids=str)
