@@ -307,7 +307,7 @@ def test_type_slide_compare_and_save(server, browser, tmp_path):
     seed = int(again["#seed"].get_attribute("value"))
     again["[data-row=hipa] a"].click()  # Save
     until((saved := tmp_path / f"{seed}-a-cat-on-a-blue-background.png").is_file)
-    assert f"Seed: {seed}, Size: 64x64, Model: emoji" in Image.open(saved).text["parameters"]
+    assert f"Size: 64x64, Model: emoji, Seed: {seed}" in Image.open(saved).text["parameters"]
 
 
 @pytest.mark.slow
