@@ -182,7 +182,7 @@ def train(kind, batch):
         model.encode_text = lambda prompts: pipe.text_encoder(tokens)[0]
         model.decode = lambda latent: pipe.vae.decode(latent / pipe.vae.config.scaling_factor).sample
     step = update(model, loss, parameters, batch, 16)
-    return median([seconds(step)[0] for _ in range(5)][1:]), peak() / 2**30, sum(p.numel() for p in parameters)
+    return median([seconds(step)[0] for _ in range(12)][3:]), peak() / 2**30, sum(p.numel() for p in parameters)
 
 
 def bench_gpu(folder, device="cuda"):
