@@ -45,7 +45,9 @@ def test_what_a_run_leaves_and_says(finished):
     its terms, by name, sum to the loss. The head start has the latents' error alone."""
     settings, told = json.loads((finished.out / "settings.json").read_text()), "\n".join(finished.result.err)
     assert {name: settings[name.replace("-", "_")] for name in FLAGS} == FLAGS and set(finished.prompts) == set(PROMPTS)
-    assert finished.result.out == [str(finished.out / LORA)] and f"sample.py ... --model {settings['model']}" in told
+    assert (
+        finished.result.out == [str(finished.out / LORA)] and f'sample.py "a cat" --model {settings["model"]}' in told
+    )
     assert re.search(r"[\d,]+ parameters to train; about \d+ min for the teacher's pictures, \d+ for", told)
     paths = sorted(str(path.relative_to(finished.out)) for path in contents(finished.out))
     assert paths[:-2] == ["log.csv", LORA, *(f"samples/00000{step}.png" for step in (2, 4, 5)), "settings.json", STATE]
