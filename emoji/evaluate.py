@@ -14,7 +14,6 @@ defective    share of pictures that a critic takes for blurred, doubled or smear
 to itself    (--calibrate) DISTS on the evaluation net: how different from another picture, as a whole
 """
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -297,7 +296,7 @@ def halves(folder, lora, evaluation):
 
 @torch.no_grad()
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--steps", type=number(int, 1, 1000), default=1, help="UNet evaluations per picture (%(default)s)")
     add("--lora", metavar="PATH[:WEIGHT]", help="(as sample.py)")

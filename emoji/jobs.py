@@ -12,7 +12,6 @@ DISTS, PSNR (dB)              to the real picture that the job began with; DISTS
 seam                          mean step over the rim of the hole, relative to that of the real pictures; 1 is no seam
 """
 
-import argparse
 import itertools
 import sys
 from functools import partial
@@ -152,7 +151,7 @@ JOBS = {"editing": editing, "inpainting": inpainting, "super-resolution": super_
 
 @torch.no_grad()
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("job", nargs="?", choices=JOBS, help="(all)")
     parser.add_argument("--lora", nargs="+", metavar="PATH", help="measure these adaptors only")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=3, help="repetitions (%(default)s)")

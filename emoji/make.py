@@ -12,7 +12,6 @@ Every five minutes the weights are written, with the minutes that they have had:
 --improve, the training continues from there.
 """
 
-import argparse
 import copy
 import hashlib
 import json
@@ -466,7 +465,7 @@ PARTS = ("unet", "decoder", "epsilon", "varied")  # that --improve takes; the la
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add, minutes = parser.add_argument, number(float, 0, 10**6)
     add("--pictures", type=number(int, 1, 10**6), default=40_000, help="training pictures (%(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,7 +13,6 @@ Columns: those of `evaluate.py`, and *to 25 steps*, the distance to the frozen m
 (DISTS on the evaluation net).
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -84,7 +83,7 @@ def train(folder, model, name):
 
 @torch.no_grad()
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", default="emoji", help="(%(default)s)")
     parser.add_argument("--out", type=Path, help="(runs/table; of a copy: runs/table-NAME)")
     parser.add_argument("--rows", nargs="+", choices=[slug(name) for name in ROWS], help="only these")

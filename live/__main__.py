@@ -9,7 +9,6 @@ JSON; its pictures are the PNGs that sample.py writes. A mistake is answered by 
 adaptors' slider; what a request may say; drawing; HTTP.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -335,7 +334,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def parse_args(argv=None):
-    parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sample.Parser(__doc__)
     add = parser.add_argument
     add("--model", default="emoji", help="a folder, a Hugging Face id, emoji, sd15, sd21 (%(default)s)")
     add("--lora", metavar="PATH[:WEIGHT]", help='adaptors, or "none" (those in the model\'s folder)')

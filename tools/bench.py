@@ -7,7 +7,6 @@
 Not a test: nothing fails here. The two sides take turns, and the medians are compared.
 """
 
-import argparse
 import multiprocessing
 import os
 import re
@@ -234,7 +233,7 @@ ROWS = {
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("rows", nargs="+", choices=ROWS)
     rows = parser.parse_args(argv).rows
     if "gpu" in rows and not torch.cuda.is_available():
