@@ -19,7 +19,8 @@ def real(m, name):
 
 def adaptors(m, model):
     """HiPA's adaptors of the embedded model: {module path: (A, B)}"""
-    return m.lora.load_lora(m.hipa.SHORT_NAMES["emoji"] / m.lora.LORA_NAME, model.unet)
+    loras = m.lora.load_lora(m.hipa.SHORT_NAMES["emoji"] / m.lora.LORA_NAME, torch.nn.ModuleDict({"unet": model.unet}))
+    return {path.removeprefix("unet."): pair for path, pair in loras.items()}
 
 
 def sheet(m, pictures, columns):

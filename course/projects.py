@@ -118,13 +118,12 @@ def measure_c(m, answer, clock, seed):
     import torch
 
     from evaluate import Evaluation, real_pictures
-    from lora import load_lora, merge
-    from sample import to_pil, to_tensor
+    from sample import apply_lora, to_pil, to_tensor
     from train import load_distance
 
     model = m.load("emoji")
     folder = m.find_checkpoint("emoji")
-    merge(model.unet, load_lora(folder / "pytorch_lora_weights.safetensors", model.unet))
+    apply_lora(model, folder / "pytorch_lora_weights.safetensors")
     evaluation, counter = Evaluation(model, 1), Counter(model)
     (_, _), (pictures, labels) = real_pictures(evaluation.glyphs)
     count = len(evaluation.glyphs)

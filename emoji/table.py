@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -28,7 +29,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import hipa  # noqa: E402
 from evaluate import FORMATS, HEADER, Evaluation, draw, row  # noqa: E402
 from lcm import sample_consistency  # noqa: E402
-from lora import LORA_NAME, load_lora  # noqa: E402
+from lora import LORA_NAME  # noqa: E402
 from sample import Parser, apply_lora, find_lora, number, run, slug  # noqa: E402
 
 MINUTES = 15  # of one thread for 1,100 of HiPA's updates, without AVX-512
@@ -131,8 +132,9 @@ def main(argv=None):
     if shipped := find_lora(None, checkpoint, 1):
         print_row("the shipped adaptors, 1 step", [load(shipped[0])], 1)
     for name, folders in rows.items():
-        models, loras = [load(f / LORA_NAME) for f in folders], load_lora(folders[0] / LORA_NAME, frozen.unet)
-        count = sum(A.numel() + B.numel() for A, B in loras.values())
+        models = [load(folder / LORA_NAME) for folder in folders]
+        with safe_open(folders[0] / LORA_NAME, "pt") as file:
+            count = sum(file.get_tensor(key).numel() for key in file.keys())
         seconds = [sum(map(float, (f / "processor_seconds").read_text().split())) for f in folders]
         rest = f"{count:,} | {np.mean(seconds) / 60:.1f} |"
         how = {"sample": sample_consistency} if name == "LCM-LoRA" else {}

@@ -53,22 +53,26 @@ class Outdated(Exception):
 
 # --------------------------------------------------------------------------------------------- the adaptors' slider
 class Fader:
-    """Sets a UNet's weights to W + weight * B A: at weight 0 the frozen model to the bit, at 1 what sample.py merges.
+    """Sets networks' weights to W + weight * B A: at weight 0 the frozen model to the bit, at 1 what sample.py merges.
+
+    nets    a ModuleDict of `unet` and `text_encoder`
+    loras   of one file or several: [({module path: (A, B)}, a weight of its own)]
 
     Always from the kept W, so that nothing drifts however often the slider moves. The last sum is kept too: going to
     the frozen model and back, as a comparison does, costs nothing.
     """
 
-    def __init__(self, unet, loras):
-        self.unet, self.loras = unet, loras
-        self.layers = {path: unet.get_submodule(path) for path in loras}
+    def __init__(self, nets, loras):
+        self.nets, self.loras = nets, loras
+        self.layers = {path: nets.get_submodule(path) for factors, _ in loras for path in factors}
         self.kept = {0: {path: layer.weight.data for path, layer in self.layers.items()}}  # {weight: {path: tensor}}
 
     def __call__(self, weight):
         for path, tensor in self.kept.get(weight, self.kept[0]).items():
             self.layers[path].weight.data = tensor
         if weight not in self.kept:
-            merge(self.unet, self.loras, weight)  # makes new tensors, so what is kept stays
+            for factors, own in self.loras:
+                merge(self.nets, factors, weight * own)  # makes new tensors, so what is kept stays
             summed = {path: layer.weight.data for path, layer in self.layers.items()}
             self.kept = {0: self.kept[0], weight: summed}
 
@@ -134,18 +138,24 @@ class Painter:
     """A loaded model, which draws one request at a time: always in the same thread, because each new one would start
     PyTorch's workers anew."""
 
-    def __init__(self, name, device="auto", dtype=None, lora=None):
+    def __init__(self, name, device="auto", dtype=None, loras=None):
         device = sample.choose_device(device)
         dtype = getattr(torch, dtype or ("float16" if device == "cuda" else "float32"))
         folder = hipa.find_checkpoint(name, half=dtype != torch.float32)
-        self.name, (self.lora, weight) = name, sample.find_lora(lora, folder, steps=1) or (None, None)
+        found = [sample.find_lora(lora, folder, steps=1) for lora in loras or [None]]
+        self.name, self.loras = name, [lora for lora in found if lora]
         self.model = hipa.load(folder, device, dtype)
-        with reading(self.lora):
-            self.fade = Fader(self.model.unet, load_lora(self.lora, self.model.unet) if self.lora else {})
-            self.fade(1)  # or they are for another network
+        nets, read = torch.nn.ModuleDict({"unet": self.model.unet, "text_encoder": self.model.text_encoder}), []
+        for path, weight in self.loras:
+            with reading(path):
+                read.append((load_lora(path, nets), weight))
+                self.fade = Fader(nets, read[-1:])
+                self.fade(1)  # or they are for another network
+                self.fade(0)
+        self.fade = Fader(nets, read)
         self.facts = {
             "model": name, "device": device, "side": self.model.side, "strength": hipa.STRENGTH, "radius": RADIUS,
-            "adaptors": min(max(weight, 0), 1.5) if self.lora else None,
+            "adaptors": 1.0 if self.loras else None,
         }  # fmt: skip
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.lock, self.newest = threading.Lock(), {}  # {page: number}
@@ -174,8 +184,10 @@ class Painter:
     def answer(self, asked):
         """Draws what is asked for, unless the page has thought better of it, and shows it as the loss sees it."""
         self.outdated(asked)
-        image = decode(asked.image, "image", sample.read_picture) if asked.image else None
+        image = decode(asked.image, "image", lambda file: sample.read_picture(file)[0]) if asked.image else None
         mask = decode(asked.mask, "mask", lambda file: sample.read_mask(file, image.size)) if asked.mask else None
+        if mask and not mask.getbbox():
+            raise UserError("nothing in the mask is white, so nothing would be painted")
         if image and asked.scale and asked.scale**2 * image.width * image.height > MOST_TILES * self.model.side**2:
             raise UserError("the enlarged picture would be too large for a live page: sample.py has no such limit")
         size, options = sample.picture_size(self.model, image=image), {"steps": asked.steps}
@@ -189,6 +201,8 @@ class Painter:
         start = time.perf_counter()
         (picture,) = sample.make_pictures(self.model, [asked.prompt], [asked.seed], size, **options)
         step = time.perf_counter() - start
+        if not picture:
+            raise UserError("the picture is not finite (NaN or inf): the weights are damaged, or need --dtype float32")
         answer = {
             "picture": png(picture, self.parameters(asked, size)),
             "name": f"{asked.seed}-{sample.slug(asked.prompt)}.png",
@@ -208,8 +222,9 @@ class Painter:
         guidance = self.model.guidance_at(asked.steps)
         metadata = {"Steps": asked.steps, "Sampler": "DPM++ 2M trailing", "CFG scale": f"{guidance:g}"}
         metadata |= {"Size": f"{size[0]}x{size[1]}", "Model": self.name}
-        if self.lora and asked.adaptors:
-            metadata["Lora"] = f"{'/'.join(self.lora.parts[-2:])}:{asked.adaptors:g}"
+        if self.loras and asked.adaptors:
+            names = ("/".join(path.parts[-2:]) + f":{weight * asked.adaptors:g}" for path, weight in self.loras)
+            metadata["Lora"] = ", ".join(names)
         if asked.image:
             metadata |= {"Image": "image.png", "Denoising strength": f"{asked.strength:g}"}
             metadata |= {"Mask": "mask.png"} if asked.mask else {"Scale": asked.scale} if asked.scale else {}
@@ -337,7 +352,7 @@ def parse_args(argv=None):
     parser = sample.Parser(__doc__)
     add = parser.add_argument
     add("--model", default="emoji", help="a folder, a Hugging Face id, emoji, sd15, sd21 (%(default)s)")
-    add("--lora", metavar="PATH[:WEIGHT]", help='adaptors, or "none" (those in the model\'s folder)')
+    add("--lora", action="append", metavar="PATH[:WEIGHT]", help='adaptors; also several; or "none" (the model\'s own)')
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="(%(default)s)")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="(float16 on cuda, else float32)")
     add("--port", type=number(int, 0, 65535), default=8000, help="0: any that is free (%(default)s)")

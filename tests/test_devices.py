@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hipa
+import sample
 import train
-from lora import LORA_NAME, load_lora, merge
+from lora import LORA_NAME
 from test_compile import small_distance, small_model
 
 PROMPTS, SEEDS, SIZE = ["a cat", "a dog"], [0, 1], (2, 3, 20, 28)
@@ -94,6 +95,6 @@ def test_training(sd15_like, tmp_path, monkeypatch):
     train.main([*map(str, paths), *options.split()])
 
     model = load(sd15_like, "meta")
-    merge(model.unet, load_lora(tmp_path / "run" / LORA_NAME, model.unet), 0.5)
+    sample.apply_lora(model, tmp_path / "run" / LORA_NAME, 0.5)
     assert all(weight.is_meta for weight in model.unet.parameters())
     assert hipa.sample(model, PROMPTS, SEEDS, 1).is_meta

@@ -7,9 +7,12 @@ import http.server
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -107,14 +110,23 @@ def test_a_whole_checkpoint(hub):
     assert hipa.find_checkpoint(REPO) == hub.folder and not hub.asked
 
 
-@pytest.mark.parametrize("name, place", [("HF_HUB_CACHE", "."), ("HF_HOME", "hub"), ("", ".cache/huggingface/hub")])
+@pytest.mark.parametrize("name, place", [
+    ("HF_HUB_CACHE", "."), ("HUGGINGFACE_HUB_CACHE", "."), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub"),
+    ("", ".cache/huggingface/hub"),
+])  # fmt: skip
 def test_the_cache_is_where_huggingface_hub_has_it(hub, tmp_path, monkeypatch, name, place):
-    monkeypatch.delenv("HF_HUB_CACHE")
+    for other in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(other, raising=False)
     if name:
         monkeypatch.setenv(name, str(tmp_path))
     folder = tmp_path / place / "models--org--name"
     hipa.write_file(folder / "refs" / "main", b"0123")
+    for part in ("text_encoder", "unet", "vae"):
+        hipa.write_file(folder / "snapshots" / "0123" / part / "model.safetensors", b"")
     assert hipa.find_checkpoint(REPO) == folder / "snapshots" / "0123" and not hub.asked
+    script = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    theirs = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip()
+    assert Path(theirs) == tmp_path / place
 
 
 @pytest.mark.parametrize("there", [(UNET, HALF), (UNET,), (HALF,)], ids=["both", "full only", "half only"])
@@ -175,7 +187,7 @@ FAULTS = {  # what the hub does
 ])  # fmt: skip
 def test_a_download_that_fails(hub, name, fault):
     """The error names the tool that can log in and resume. Whole files stay, nothing else does; next time, only what is
-    missing is fetched. refs/main, which says that the checkpoint is complete, is written last."""
+    missing is fetched. refs/main is written last."""
     hub.faults[name] = FAULTS[fault]
     is_refused(f"hf download {REPO}", fault if fault.isdigit() else "")
     there = hub.arrived()
@@ -185,6 +197,23 @@ def test_a_download_that_fails(hub, name, fault):
     hub.asked.clear()
     assert hipa.find_checkpoint(REPO) == hub.folder and hub.arrived() == hub.files
     assert sorted(hub.asked) == sorted([INDEX, *(hub.files.keys() - there.keys())])
+
+
+def test_what_others_tools_began_is_completed(hub):
+    """huggingface_hub writes refs/main first: if it was interrupted then, files are missing. They are fetched."""
+    hipa.write_file(hub.refs / "main", COMMIT.encode())
+    hipa.write_file(hub.folder / CONFIG, hub.files[CONFIG])
+    assert hipa.find_checkpoint(REPO) == hub.folder and hub.arrived() == hub.files and CONFIG not in hub.asked
+
+
+def test_settings_and_tokenizer_alone(hub):
+    """For tools/convert.py. Later, only the weights are fetched."""
+    assert hipa.find_checkpoint(REPO, weights=False) == hub.folder
+    assert hub.arrived() == {name: data for name, data in hub.files.items() if not name.endswith(".safetensors")}
+    hub.asked.clear()
+    assert hipa.find_checkpoint(REPO, weights=False) == hub.folder and not hub.asked
+    assert hipa.find_checkpoint(REPO) == hub.folder and hub.arrived() == hub.files
+    assert all(name == INDEX or name.endswith(".safetensors") for name in hub.asked)
 
 
 @pytest.mark.parametrize("name, value", [

@@ -122,7 +122,7 @@ def test_the_slider_and_the_views(server):
     assert same(png(off["picture"]), one(frozen, "a robot", 1))
     server.painter.fade(0)
     for path, layer in server.painter.fade.layers.items():
-        assert torch.equal(layer.weight, frozen.unet.get_submodule(path).weight)
+        assert torch.equal(layer.weight, frozen.unet.get_submodule(path.removeprefix("unet.")).weight)
 
     x = sample.to_tensor(png(on["picture"]))[None]
     assert on["spectrum"] == live.radial_power(x).tolist() and len(on["spectrum"]) == 33

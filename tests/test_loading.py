@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -120,7 +122,8 @@ def test_nothing_is_unpickled(folder, tmp_path, monkeypatch, suffix, module):
     (folder / UNET_WEIGHTS).unlink()
     path = (folder / UNET_WEIGHTS).with_suffix(f".{suffix}")
     torch.save(Payload(), path) if module is torch else path.write_bytes(pickle.dumps(Payload()))
-    for read in (lambda: hipa.load(folder), lambda: sample.apply_lora(SimpleNamespace(unet=torch.nn.Module()), path)):
+    model = SimpleNamespace(unet=torch.nn.Module(), text_encoder=torch.nn.Module())
+    for read in (lambda: hipa.load(folder), lambda: sample.apply_lora(model, path)):
         with pytest.raises(hipa.UserError, match="pickle"):
             read()
     assert not Path("payload-ran").exists()
@@ -176,6 +179,25 @@ def test_any_bytes(folder, kind, count, rounds):
             refused += 1
         path.write_bytes(data)
     assert refused > count * rounds / 10  # the damage is felt
+
+
+@pytest.mark.parametrize("version", ["0.4.0.dev0", "0.8.1", "0.9.0", "0.42.1", None])
+@pytest.mark.parametrize("side", [8, 32, 64, 96])
+def test_the_side_in_old_configs(folder, version, side):
+    """Before 0.9, diffusers did not read it and always drew 64 x 64 latents; smaller numbers were wrong. As it says."""
+    settings = json.loads((folder / UNET).read_text()) | {"sample_size": side, "_diffusers_version": version}
+    (folder / UNET).write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    assert hipa.load(folder).side == theirs.unet.config.sample_size * theirs.vae_scale_factor
+
+
+def test_settings_of_training_are_no_matter(folder):
+    """Those of diffusers' EMAModel, which it saves with the averaged network."""
+    ema = EMAModel(UNet2DConditionModel.from_pretrained(folder / "unet").parameters()).state_dict()
+    settings = {key: value for key, value in ema.items() if key != "shadow_params"}
+    assert len(settings) > 5
+    damage(folder / UNET, settings)
+    assert hipa.load(folder).side == 32
 
 
 def test_the_checkpoint_says_its_guidance(folder):

@@ -73,6 +73,12 @@ def merged(net, loras):
     return net
 
 
+def read(path, unet):
+    """Adaptors from a file for a UNet, as `merge` takes them"""
+    loras = load_lora(path, nn.ModuleDict({"unet": unet}))
+    return {path.removeprefix("unet."): pair for path, pair in loras.items()}
+
+
 @torch.no_grad()
 def output(net):
     """What our UNet or diffusers' predicts: a batch of two, latents of 13 x 18."""
@@ -153,7 +159,8 @@ def test_each_kind_of_layer_is_pefts(layer, shape):
     net, x = nn.Sequential(layer).requires_grad_(False), normal(*shape)
     ours = trained(net, rank=2)
     theirs = peft.get_peft_model(copy.deepcopy(net), peft.LoraConfig(r=2, lora_alpha=2, target_modules=["0"]))
-    tensors = {key.replace("unet.", "base_model.model."): t for key, t in load(lora_bytes(ours)).items()}
+    names = {"lora_unet_": "base_model.model.", "lora_down": "lora_A", "lora_up": "lora_B"}
+    tensors = {re.sub("|".join(names), lambda m: names[m[0]], key): t for key, t in load(lora_bytes(ours)).items()}
     assert not peft.set_peft_model_state_dict(theirs, tensors).unexpected_keys
     assert far(ours(x), net(x))
     assert_same("peft", ours(x), theirs(x), relative=True)
@@ -197,11 +204,13 @@ def test_merging_rounds_once_and_leaves_the_old_tensors_alone(sd15, adapted):
 
 
 # ------------------------------------------------------------------------------------------------------ files: ours
-def test_diffusers_reads_ours(base, checkpoint, tmp_path):
-    ours, theirs = trained(base), diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+@pytest.mark.parametrize("place", [".", LORA_NAME])
+def test_diffusers_reads_ours(base, checkpoint, tmp_path, place):
+    """The folder and the file. Every layer is adapted."""
+    ours, pipeline = trained(base), quiet_pipeline(diffusers.StableDiffusionPipeline, checkpoint)
     (tmp_path / LORA_NAME).write_bytes(lora_bytes(ours))
-    theirs.load_lora_adapter(tmp_path, weight_name=LORA_NAME, prefix="unet")
-    assert_same("diffusers with our adaptors", output(ours), output(theirs), relative=True)
+    pipeline.load_lora_weights(tmp_path / place)
+    assert_same("diffusers with our adaptors", output(ours), output(pipeline.unet), relative=True)
 
 
 def test_a_pipeline_reads_ours(sd15_like, sd15, tmp_path):
@@ -219,12 +228,17 @@ def test_a_pipeline_reads_ours(sd15_like, sd15, tmp_path):
 
 @LAYERS
 def test_ours_reads_ours(sd15, targets, tmp_path):
-    """The factors bit by bit, in float32, also from a half-precision network; what the caller says is in the header."""
+    """The factors bit by bit, in float32, also from a half-precision network; what the caller says is in the header.
+    Saved again, it is the same file. So it is under the names of before November 2026."""
     net = trained(copy.deepcopy(sd15).half(), targets)
-    (tmp_path / LORA_NAME).write_bytes(lora_bytes(net, {"step": "100"}))
+    (tmp_path / LORA_NAME).write_bytes(lora_bytes(net, {"hipa": '{"step": 100}'}))
     with safe_open(tmp_path / LORA_NAME, "pt") as file:
-        assert file.metadata() == {"format": "pt", "step": "100"}
-    loras, expected = load_lora(tmp_path / LORA_NAME, sd15), factors(net)
+        assert file.metadata() == {"hipa": '{"step": 100}'}
+    assert {lora_bytes(net, {"hipa": '{"step": 100}'}) for _ in range(5)} == {(tmp_path / LORA_NAME).read_bytes()}
+    loras, expected = read(tmp_path / LORA_NAME, sd15), factors(net)
+    before = {f"unet.{path}.lora_{factor}.weight": t for path, pair in loras.items() for factor, t in zip("AB", pair)}
+    save_file(before, tmp_path / "before")
+    assert str(read(tmp_path / "before", sd15)) == str(loras)
     assert loras.keys() == expected.keys()
     for path, pair in expected.items():
         assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(loras[path], pair, strict=True))
@@ -265,7 +279,7 @@ def test_ours_reads_theirs(sd15, theirs, style, settings, tmp_path):
     """At the strength that the alphas, ranks and scaling say."""
     settings = {"r": 4, "target_modules": list(ATTENTION), **settings}
     theirs.add_adapter(peft.LoraConfig(init_lora_weights=False, **settings))
-    loras, expected = load_lora(save_as(style, theirs, tmp_path), sd15), output(theirs)
+    loras, expected = read(save_as(style, theirs, tmp_path), sd15), output(theirs)
     theirs.unload_lora()
     assert far(expected, output(sd15))
     assert_same("merged", output(merged(sd15, loras)), expected, relative=True)
@@ -282,16 +296,72 @@ def kohya(loras, alphas):
     return tensors
 
 
-def test_kohya(sd15, adapted, tmp_path):
-    """Each layer has its alpha. float16, as adaptors are often stored, is float32 here before the alpha is applied."""
-    expected = factors(adapted)
+@pytest.mark.parametrize("linear", [False, True], ids=["as they are", "1x1 convolution or Linear"])
+def test_kohya(base, tmp_path, linear):
+    """Each layer has its alpha. float16, as adaptors are often stored, is float32 here before the alpha is applied.
+
+    In SD 2.x, proj_in and proj_out are Linear; in files by older versions, their factors are 1x1 convolutions; or for
+    SD 1.x the other way round. The numbers are the same.
+    """
+    expected = factors(trained(base))
     for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 1e-3)):
-        save_file({k: t.to(dtype) for k, t in kohya(expected, [1, 2, 8]).items()}, tmp_path / LORA_NAME)
-        loras = load_lora(tmp_path / LORA_NAME, sd15)
+        tensors = {k: t.to(dtype) for k, t in kohya(expected, [1, 2, 8]).items()}
+        for key in [key for key in tensors if linear and "_proj_" in key and "alpha" not in key]:
+            tensors[key] = tensors[key].flatten(1) if tensors[key].ndim == 4 else tensors[key][..., None, None]
+        save_file(tensors, tmp_path / LORA_NAME)
+        loras = {
+            path: (A, B.reshape(expected[path][1].shape)) for path, (A, B) in read(tmp_path / LORA_NAME, base).items()
+        }
         assert loras.keys() == expected.keys()
         for path in expected:
             for ours, theirs in zip(loras[path], expected[path]):
                 assert ours.dtype == torch.float32 and (ours - theirs).abs().max() <= limit * theirs.abs().max()
+
+
+def of_both_networks(pipeline, style, rank, seed):
+    """Random adaptors of a pipeline's UNet and text encoder, {key: tensor}, as kohya or diffusers write them"""
+    tensors, generator = {}, torch.Generator().manual_seed(seed)
+    parts = (("unet", "lora_unet_", pipeline.unet), ("text_encoder", "lora_te_", pipeline.text_encoder))
+    for name, short, net in parts:
+        for path, layer in net.named_modules():
+            if not path.endswith((*ATTENTION, "proj_in", "fc1", "fc2", "q_proj", "out_proj")):
+                continue
+            (out, *shape), spatial = layer.weight.shape, [1] * (layer.weight.ndim - 2)
+            A = torch.randn(rank, *shape, generator=generator) * layer.weight[0].numel() ** -0.5
+            B = 0.2 * torch.randn(out, rank, *spatial, generator=generator)
+            if style == "kohya":
+                path = path if name == "unet" or path.startswith("text_model.") else f"text_model.{path}"
+                path = short + path.replace(".", "_")
+                tensors |= {f"{path}.lora_down.weight": A, f"{path}.lora_up.weight": B, f"{path}.alpha": torch.ones(())}
+            elif style == "diffusers":
+                tensors |= {f"{name}.{path}.lora_A.weight": A, f"{name}.{path}.lora_B.weight": B}
+            elif re.search("attn[12]", path):  # in early 2023, of attention only
+                path = re.sub(r"\.to_(q|k|v|out)(\.0)?$", r".processor.to_\1_lora", path)
+                tensors |= {f"{name}.{path}.down.weight": A, f"{name}.{path}.up.weight": B}
+    return tensors
+
+
+@pytest.mark.parametrize("styles", [("kohya", "diffusers"), ("early 2023", "kohya")], ids=str)
+def test_two_files_for_both_networks(checkpoint, tmp_path, styles):
+    """With weights, they are diffusers' with `set_adapters`: text states and a picture."""
+    pipeline = quiet_pipeline(diffusers.StableDiffusionPipeline, checkpoint)
+    model, plain, weights = hipa.load(checkpoint), hipa.load(checkpoint), (0.8, -0.5)
+    files = [tmp_path / f"{k}.safetensors" for k in range(2)]
+    for k, (file, style) in enumerate(zip(files, styles)):
+        save_file(of_both_networks(pipeline, style, 2 + k, k), file)
+    for k, (file, weight) in enumerate(zip(files, weights)):
+        pipeline.load_lora_weights(file, adapter_name=str(k))
+        sample.apply_lora(model, file, weight)
+    pipeline.set_adapters(["0", "1"], list(weights))
+    ids = model.tokenizer(["a cat and a dog"])
+    with torch.no_grad():
+        assert far(model.text_encoder(ids), plain.text_encoder(ids))
+        assert_same("text states", model.text_encoder(ids), pipeline.text_encoder(ids)[0], relative=True)
+    x = hipa.noise([0], 4, 8, 8)
+    theirs = pipeline("a cat", latents=x, num_inference_steps=3, guidance_scale=4, output_type="pt").images * 2 - 1
+    ours = hipa.sample(model, ["a cat"], [0], 3, guidance=4).clamp(-1, 1)
+    assert_same("picture", ours, theirs, relative=True)
+    assert far(ours, hipa.sample(plain, ["a cat"], [0], 3, guidance=4))
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -305,12 +375,15 @@ def header(**settings):
 
 REFUSED = {  # tensors and header, or the first bytes of a file; and what the message must say
     "another network": ({f"unet.down_blocks.9.x.lora_{f}.weight": A4 for f in "AB"}, {}, "down_blocks.9.x.lora_A"),
-    "the text encoder": ({"text_encoder.text_model.x.lora_A.weight": A4}, {}, "text_encoder.text_model.x"),
-    "kohya's text encoder": ({"lora_te_text_model_x.lora_down.weight": A4}, {}, "lora_te_text_model_x"),
+    "another text encoder": ({"text_encoder.text_model.x.lora_A.weight": A4}, {}, "text_encoder.text_model.x"),
+    "SDXL's text encoder": ({"lora_te2_text_model_x.lora_down.weight": A4}, {}, "lora_te2_text_model_x"),
+    "LyCORIS": ({f"lora_unet_{QUERY.replace('.', '_')}.hada_w1_a": A4}, {}, "hada_w1_a is no factor of plain LoRA"),
+    "a factor twice": ({f"lora_unet_{QUERY.replace('.', '_')}.lora_up.weight": B4}, {}, "twice"),
     "A without B": ({"conv_in.lora_A.weight": A4}, {}, "not both factors"),
     "B without A": ({"conv_in.lora_B.weight": B4}, {}, "not both factors"),
     "DoRA": ({f"unet.{QUERY}.lora_magnitude_vector": A4}, {}, "lora_magnitude_vector"),
     "DoRA by its settings": ({}, header(use_dora=True), "use_dora"),
+    "DoRA of the text encoder": ({}, {"lora_adapter_metadata": '{"text_encoder.use_dora": true}'}, "use_dora"),
     "alphas by pattern": ({}, header(alpha_pattern={"to_k": 2}), "alpha_pattern"),
     "an alpha that is no number": ({}, header(lora_alpha="x"), LORA_NAME),
     "settings that are damaged": ({}, {"lora_adapter_metadata": "{"}, LORA_NAME),
@@ -345,16 +418,16 @@ def test_refused_adaptors_change_nothing(sd15, content, metadata, message, tmp_p
     else:
         save_file({name: tensor.clone() for name, tensor in (FITTING | content).items()}, path, metadata)
     with pytest.raises(hipa.UserError, match=f"(?=.*{tmp_path.name})(?=.*{re.escape(message)})"):
-        sample.apply_lora(SimpleNamespace(unet=sd15), path)
+        sample.apply_lora(SimpleNamespace(unet=sd15, text_encoder=nn.Module()), path)
     assert all(torch.equal(before[name], tensor) for name, tensor in sd15.state_dict().items())
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
 @pytest.fixture(scope="module")
 def adaptors(adapted, tmp_path_factory):
-    """A file with adaptors for the small SD 1.5."""
+    """A file with adaptors for the small SD 1.5, as train.py writes it."""
     path = tmp_path_factory.mktemp("adaptors") / LORA_NAME
-    path.write_bytes(lora_bytes(adapted))
+    path.write_bytes(lora_bytes(adapted, {"hipa": "{}"}))
     return path
 
 
@@ -381,6 +454,20 @@ def test_adaptors_make_it_one_step(cli, adaptors, sd15_like, adapted):
     expected = sample.to_tensor(sample.to_pil(hipa.sample(model, ["a cat"], [0], 1))[0])
     off = [(sample.to_tensor(found.picture) - expected).abs().max() * 127.5 for found in (half, result)]
     assert off[0] < 1.5 < off[1]  # rounding may differ
+
+
+def test_others_keep_the_models_steps_and_guidance(cli, adaptors, adapted, tmp_path):
+    """One step is right for adaptors that were made for it, which their header says; beside them, for others too."""
+    style = tmp_path / "style.safetensors"
+    style.write_bytes(lora_bytes(adapted))
+    result, both = cli("--lora", style), cli("--lora", f"{style}:0.3", "--lora", f"{adaptors}:0.5")
+    assert "Steps: 25," in result.text and "CFG scale: 7.5," in result.text
+    assert "Steps: 1," in both.text and "CFG scale: 1," in both.text
+    names = ["/".join(path.parts[-2:]) for path in (style, adaptors)]
+    assert f"Lora: {names[0]}:0.3, {names[1]}:0.5" in both.text
+    assert (
+        np.abs(np.asarray(both.picture) - np.asarray(cli("--lora", f"{adaptors}:0.8").picture).astype(int)).max() <= 1
+    )
 
 
 def test_which_adaptors(sd15_like, adaptors, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import load_file, save_file
 
 import hipa
@@ -79,6 +79,8 @@ FILES = {
     "empty.txt": b" \n\n\t\n", "bytes.txt": bytes(range(256)), "cut.json": b"{", "list.json": b"[]",
     "number.json": b'{"annotations": [1]}', "no-captions.json": b'{"annotations": [{"image_id": 1}]}',
     "empty.json": b'{"annotations": []}', "null.json": b'{"annotations": [{"image_id": 1, "caption": null}]}',
+    "lines.jsonl": b'{"text": "a cat"}', "table.csv": b"text\na cat\n",
+    "empty.safetensors": b"\2\0\0\0\0\0\0\0{}", "model.ckpt": b"PK\3\4",
 }  # fmt: skip
 VALUES = {
     "--steps": ["0", "1001", "2.5"], "--seed": ["-1", 2**64, "9" * 5000], "-n": ["0", 9 * 10**18], "--batch": ["0"],
@@ -89,7 +91,13 @@ VALUES = {
 }  # fmt: skip
 BAD = {  # the command line -> words of the message
     '"a cat" --model no-such-model': "no model 'no-such-model'",
-    f'"a cat" --model {SAMPLE.name}': "no model",
+    "--prompts lines.jsonl": "prompts are in a .txt file",
+    '"a cat" --negative dog': "--negative says what guidance leads away from",
+    '"a cat" --negative dog --steps 2 --guidance 1': "--negative says",
+    '"a cat" --model taken': "taken: it is cut or damaged",
+    '"a cat" --model empty.safetensors': "empty.safetensors is one file: python tools/convert.py",
+    '"a cat" --model model.ckpt': "model.ckpt: it is a pickle",
+    '"a cat" --image photo.png --mask lines.jsonl': "cannot identify",
     '"a cat" --model .': "model_index.json: No such file",
     '"a cat" "a dog"': "a dog",
     "": "give one prompt or --prompts",
@@ -107,8 +115,9 @@ BAD = {  # the command line -> words of the message
 }
 BAD |= {f'"a cat" --image photo.png {name}={v}': name.strip("-") for name, values in VALUES.items() for v in values}
 BAD |= {f'"a cat" --out {path}': path for path in ("taken", "taken/x", "/proc/x")}
-BAD |= {f"--prompts {name}": f"{name}: " for name in FILES if name.endswith(("txt", "json"))}
-BAD |= {f'"" --image {name}': f"{name}: " for name in FILES if not name.endswith(("txt", "json"))}
+TEXTS = [name for name in FILES if name.endswith(("txt", "json", "jsonl", "csv"))]
+BAD |= {f"--prompts {name}": f"{name}: " for name in TEXTS}
+BAD |= {f'"" --image {name}': f"{name}: " for name in FILES.keys() - TEXTS}
 BAD['"" --image page.eps'] = "cannot identify"
 
 
@@ -170,13 +179,13 @@ def test_nothing_is_overwritten(cli, tmp_path, monkeypatch):
     """Numbers go on after the highest there is, whatever the file is."""
     cli("a cat")
     before = files(tmp_path)
-    assert cli("a cat").out == ["out/0002-0-a-cat.png"]
-    Path("out/0041-notes.txt").write_text("")
-    assert cli("a dog").out == ["out/0042-0-a-dog.png"]
+    assert cli("a cat").out == ["out/00002-0-a-cat.png"]
+    Path("out/00041-notes.txt").write_text("")
+    assert cli("a dog").out == ["out/00042-0-a-dog.png"]
     with monkeypatch.context() as patch:  # another process took the numbers after this one had looked
         patch.setattr(os, "listdir", lambda folder: [])
         sample.save(photo(4, 4), Path("out"), "0-a-cat", "")
-    assert Image.open("out/0003-0-a-cat.png").size == (4, 4)
+    assert Image.open("out/00003-0-a-cat.png").size == (4, 4)
     assert before.items() <= files(tmp_path).items() and len(files(tmp_path)) == 5
 
 
@@ -199,8 +208,8 @@ def test_the_picture_says_how_it_was_made(cli, sd15_like, tmp_path):
 def test_three_pictures_and_their_grid(cli):
     """Picture k is made from seed + k, whatever the batch. Grids are about square, and white where nothing is."""
     *pictures, grid = cli("a cat", "-n", "3", "--seed", "5").paths
-    assert [path.name for path in pictures] == [f"000{k + 1}-{5 + k}-a-cat.png" for k in range(3)]
-    assert grid.name == "0004-grid-a-cat.png"
+    assert [path.name for path in pictures] == [f"0000{k + 1}-{5 + k}-a-cat.png" for k in range(3)]
+    assert grid.name == "00004-grid-a-cat.png"
     sheet = pixels(grid)
     cells = [sheet[y : y + SIDE, x : x + SIDE] for y in (0, SIDE) for x in (0, SIDE)]
     assert sheet.shape == (2 * SIDE, 2 * SIDE, 3) and (cells[3] == 255).all()
@@ -222,12 +231,58 @@ def test_a_file_of_prompts(cli):
     assert alike(paths[3], cli("a dog", "--seed", "2").paths[0])
 
 
+@pytest.mark.parametrize("end", ["\f", "\x85", "\u2028", "\u2029", "\x1c", "\v"])
+def test_only_line_ends_end_a_prompt(tmp_path, end):
+    """str.splitlines() would also split at these."""
+    (tmp_path / "prompts.txt").write_bytes(f"a cat{end}on a mat\r\na dog\rb\n".encode())
+    assert sample.read_prompts(tmp_path / "prompts.txt") == [f"a cat{end}on a mat", "a dog", "b"]
+
+
+def test_a_long_job_goes_on_where_it_stopped(cli):
+    """The same command makes only what is missing, beside other files, and the grids of what it makes."""
+    Path("prompts.txt").write_text("a cat\na dog\na horse\n")
+    job = ("--prompts", "prompts.txt", "-n", "2", "--batch", "1", "--seed", "3")
+    whole = cli(*job)
+    before = {path.name: path.read_bytes() for path in whole.paths}
+    for path in whole.paths[4:6]:
+        path.unlink()
+    Path("out/notes.png").write_text("no picture")
+    again = cli(*job)
+    assert [path.name.split("-", 1)[1] for path in again.paths] == ["6-a-dog.png", "grid-a-dog.png"]
+    assert [path.read_bytes() for path in again.paths] == [
+        before[f"0000{k}"] for k in ("5-6-a-dog.png", "6-grid-a-dog.png")
+    ]
+    assert len(again.err) == 1 and "5 of the 6 pictures are in out already" in again.err[0]
+    assert len(cli(*job, "--steps", "2").paths) == 9  # other pictures
+    assert cli(*job).out == []
+
+
+def test_one_bad_picture_of_many(cli, monkeypatch):
+    """It is named and left out; the others are made; the exit code is 2."""
+    Path("prompts.txt").write_text("a cat\na dog\na horse\n")
+
+    def sampled(model, prompts, seeds, size, **_):
+        return torch.stack([torch.full((3, 8, 8), torch.nan if p == "a dog" else 0.0) for p in prompts])
+
+    monkeypatch.setattr(hipa, "sample", sampled)
+    result = cli("--prompts", "prompts.txt")
+    assert [path.name for path in result.paths] == ["00001-0-a-cat.png", "00002-2-a-horse.png"]
+    assert result.code == 2 and "'a dog' with seed 1" in result.err[-1] and "not finite" in result.err[-1]
+
+
+def test_grids_have_at_most_a_hundred_pictures(cli, monkeypatch):
+    monkeypatch.setattr(hipa, "sample", lambda model, prompts, seeds, **_: torch.zeros(len(seeds), 3, 8, 8))
+    assert Image.open(cli("a cat", "-n", "100", "--batch", "50").paths[-1]).size == (80, 80)
+    assert len(cli("a dog", "-n", "101", "--batch", "101").paths) == 101
+
+
 def test_a_coco_captions_file(tmp_path):
     """The first caption of each image, as FID-5k is measured; others are left out, line breaks become spaces."""
     captions = [(9, "a cat"), (4, "a\n dog "), (9, "another cat"), (4, "x"), (5, "a horse")]
     annotations = [{"image_id": image, "id": k, "caption": text} for k, (image, text) in enumerate(captions)]
-    (tmp_path / "captions.json").write_text(json.dumps({"info": {}, "annotations": annotations}))
-    assert sample.read_prompts(tmp_path / "captions.json") == ["a cat", "a dog", "a horse"]
+    for name in ("captions.json", "CAPTIONS.JSON"):
+        (tmp_path / name).write_text(json.dumps({"info": {}, "annotations": annotations}))
+        assert sample.read_prompts(tmp_path / name) == ["a cat", "a dog", "a horse"]
 
 
 @pytest.mark.parametrize("size, expected", [("48x32", (48, 32)), ("20x12", (20, 12)), ("4", (4, 4))])
@@ -288,23 +343,90 @@ KINDS = (
 def test_kinds_of_pictures(tmp_path, name):
     made = photo(40, 30, name.split(".")[0])
     made.save(tmp_path / name, quality=95)
-    read = sample.read_picture(tmp_path / name)
+    read, _ = sample.read_picture(tmp_path / name)
     assert read.mode == "RGB" and read.size == (40, 30)
     error = np.abs(np.asarray(read).astype(int) - np.asarray(made.convert("RGB"))).mean()
     assert error == 0 if name.endswith("png") else error < 8
 
 
-def test_transparency_is_white_in_a_picture_and_black_in_a_mask(tmp_path):
-    half, white = photo(40, 30, "RGBA"), Image.new("RGBA", (40, 30), "white")
-    for picture, name in ((half, "half.png"), (white, "mask.png")):
-        picture.paste((0, 255, 0, 0), (0, 0, 20, 30))
-        picture.save(tmp_path / name)
-    read, mask = sample.read_picture(tmp_path / "half.png"), sample.read_mask(tmp_path / "mask.png", (40, 30))
-    assert (np.asarray(read)[:, :20] == 255).all() and not np.asarray(mask)[:, :20].any()
-    assert np.array_equal(np.asarray(read)[:, 20:], pixels(tmp_path / "half.png")[:, 20:])
-    assert (np.asarray(mask)[:, 20:] == 255).all()
-    Image.new("P", (4, 3)).save(tmp_path / "palette.png", transparency=0)  # its only colour, black, is transparent
-    assert np.asarray(sample.read_picture(tmp_path / "palette.png")).min() == 255
+def test_transparency_is_white(cli):
+    """Which is said, because the result has none."""
+    half = photo(40, 30, "RGBA")
+    half.paste((0, 255, 0, 0), (0, 0, 20, 30))
+    half.save("half.png")
+    read, alpha = (np.asarray(picture) for picture in sample.read_picture(Path("half.png")))
+    assert (read[:, :20] == 255).all() and np.array_equal(read[:, 20:], pixels("half.png")[:, 20:])
+    assert not alpha[:, :20].any() and (alpha[:, 20:] == 255).all()
+    Image.new("P", (4, 3)).save("palette.png", transparency=0)  # its only colour, black, is transparent
+    assert np.asarray(sample.read_picture(Path("palette.png"))[0]).min() == 255
+    photo(40, 30, "RGBA").save("whole.png")
+    said = [cli("a cat", "--image", name).err for name in ("half.png", "whole.png")]
+    assert len(said[0]) == 1 and "partly transparent" in said[0][0] and not said[1]
+
+
+@pytest.mark.parametrize("left, hole", [("photo", "erased"), ("black", "erased"), ("white", "left")])
+def test_a_mask_with_transparent_parts(tmp_path, left, hole):
+    """An erased hole is to be painted, whatever colours are below it; but white that was drawn on nothing is, too."""
+    mask = photo(40, 30, "RGBA") if left == "photo" else Image.new("RGBA", (40, 30), left)
+    mask.paste((255, 0, 255, 0), (0, 0, 20, 30))
+    mask.save(tmp_path / "mask.png")
+    read = np.asarray(sample.read_mask(tmp_path / "mask.png", (40, 30)))
+    assert (read[:, :20] == (255 if hole == "erased" else 0)).all()
+    assert (read[:, 20:] == (255 if hole == "left" else 0)).all()
+
+
+def test_a_mask_without_white(cli):
+    """It is refused, because nothing would be painted."""
+    photo(40, 30).save("photo.png")
+    Image.new("L", (40, 30), 100).save("mask.png")
+    result = cli("a cat", "--image", "photo.png", "--mask", "mask.png")
+    assert result.code == 2 and "mask.png: nothing in it is white" in result.err[0] and not result.paths
+
+
+SRGB, P3 = [(0.64, 0.33), (0.3, 0.6), (0.15, 0.06)], [(0.68, 0.32), (0.265, 0.69), (0.15, 0.06)]
+D65 = (0.3127, 0.329)
+
+
+def to_xyz(primaries):
+    """Linear RGB of these chromaticities (x, y) -> XYZ, where RGB (1, 1, 1) is D65: a matrix (3, 3)"""
+    columns, (x, y) = np.array([[x / y, 1, (1 - x - y) / y] for x, y in primaries]).T, D65
+    return columns * np.linalg.solve(columns, [x / y, 1, (1 - x - y) / y])
+
+
+def profile(primaries):
+    """The bytes of an ICC profile: sRGB's with other primaries, for the white D50 (by Bradford's matrix)"""
+    bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    cones = bradford @ [0.96422, 1, 0.82521] / (bradford @ to_xyz(primaries).sum(axis=1))
+    matrix = np.linalg.inv(bradford) @ np.diag(cones) @ bradford @ to_xyz(primaries)
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), matrix.T):  # in the table of tags: name, offset, size
+        offset = int.from_bytes(data[data.index(name, 128) + 4 :][:4], "big") + 8
+        data[offset : offset + 12] = np.round(column * 65536).astype(">i4").tobytes()
+    return bytes(data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_of_a_profile(tmp_path, mode):
+    """Phones write Display P3. The expected values: P3 -> linear -> XYZ -> sRGB, as colour science has it."""
+    colours = Image.fromarray(np.array([[[204, 102, 102], [102, 153, 102]]], "uint8"))
+    for name, primaries in (("srgb.png", SRGB), ("p3.png", P3)):
+        colours.convert(mode).save(tmp_path / name, icc_profile=profile(primaries))
+    srgb, p3 = (np.asarray(sample.read_picture(tmp_path / name)[0]).astype(int) for name in ("srgb.png", "p3.png"))
+    v = np.asarray(colours) / 255
+    linear = np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+    linear = (linear @ to_xyz(P3).T @ np.linalg.inv(to_xyz(SRGB)).T).clip(0, 1)
+    expected = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    assert np.abs(srgb - np.asarray(colours)).max() <= 1
+    assert np.abs(p3 - expected).max() <= 2 < 10 < np.abs(p3 - np.asarray(colours)).max()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "RGBA", "CMYK"])
+def test_a_profile_of_another_kind(tmp_path, mode):
+    """Programs keep a photo's profile when they make it grey: it is no reason to refuse it, and grey stays grey."""
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    photo(40, 30, "L").convert(mode).save(path, icc_profile=profile(P3))
+    read = np.asarray(sample.read_picture(path)[0]).astype(int)
+    assert np.abs(read - read.mean(axis=2, keepdims=True)).max() <= 2
 
 
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
@@ -312,7 +434,7 @@ def test_16_bits(tmp_path, name):
     """The upper 8 of them count; Pillow alone would cut everything above 255 to white."""
     values = np.linspace(0, 65535, 40 * 30).reshape(30, 40).astype("uint16")
     Image.fromarray(values).save(tmp_path / name)
-    read = np.asarray(sample.read_picture(tmp_path / name))[..., 0]
+    read = np.asarray(sample.read_picture(tmp_path / name)[0])[..., 0]
     assert np.abs(read - values / 257).max() <= 0.5
 
 
@@ -324,7 +446,7 @@ def test_exif_rotation(tmp_path, orientation):
     stored = [None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE, turn.ROTATE_90,
         turn.TRANSVERSE, turn.ROTATE_270][orientation - 1]  # fmt: skip
     (upright if stored is None else upright.transpose(stored)).save(tmp_path / "photo.png", exif=exif)
-    assert sample.read_picture(tmp_path / "photo.png") == upright
+    assert sample.read_picture(tmp_path / "photo.png")[0] == upright
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "P", "LA"])
@@ -348,7 +470,7 @@ def test_in_a_notebook(sd15_like, tmp_path, monkeypatch):
     thread = threading.Thread(target=runpy.run_path, args=(str(SAMPLE),), kwargs={"run_name": "__main__"})
     thread.start()
     thread.join()
-    assert out.getvalue() == f"{tmp_path / '0001-0-a-cat.png'}\n" and "rror" not in err.getvalue()
+    assert out.getvalue() == f"{tmp_path / '00001-0-a-cat.png'}\n" and "rror" not in err.getvalue()
     assert Image.open(out.getvalue().strip()).size == (SIDE, SIDE)
     assert warnings.showwarning is shown
 
@@ -365,7 +487,7 @@ def test_the_command_ends_early(sd15_like, tmp_path, end):
         if end == "Ctrl-C":
             path = out.readline().strip()
             process.send_signal(signal.SIGINT)
-            assert path.endswith("0001-0-猫.png") and Image.open(path).convert("RGB").size == (SIDE, SIDE)
+            assert path.endswith("00001-0-猫.png") and Image.open(path).convert("RGB").size == (SIDE, SIDE)
     _, err = process.communicate()
     assert process.returncode == (130 if end == "Ctrl-C" else 2)
     assert "Traceback" not in err and "Exception" not in err

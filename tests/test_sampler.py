@@ -6,12 +6,16 @@ Errors are printed (`pytest -rP`) and at most 1e-5 of the largest value in the l
 """
 
 import copy
+import json
+import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import hipa
 from conftest import SCHEDULE, quiet_pipeline, run_sample
@@ -164,6 +168,60 @@ def test_command_line(checkpoint, pipeline, steps, tmp_path, capsys):
     print(f"command line, {steps} steps: largest error {error} of 255")
     assert error <= 1
     assert np.array_equal(np.asarray(Image.open(grid)), np.concatenate(ours, axis=1))
+
+
+@pytest.mark.parametrize("form", ["transformers 5", "added_tokens.json"])
+def test_sample_with_learned_tokens(checkpoint, tmp_path, form):
+    """A checkpoint that was taught "<toy>", in three vectors, and "<hat>": the pictures are diffusers'."""
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    text_encoder, first = CLIPTextModel.from_pretrained(tmp_path / "text_encoder"), len(tokenizer)
+    learned = ["<toy>", "<toy>_1", "<hat>", "<toy>_2"]
+    text_encoder.resize_token_embeddings(first + len(learned), mean_resizing=False)
+    text_encoder.get_input_embeddings().weight.data[first:] = normal(len(learned), text_encoder.config.hidden_size)
+    text_encoder.save_pretrained(tmp_path / "text_encoder")
+    if form == "transformers 5":
+        tokenizer.add_tokens(learned)
+        shutil.rmtree(tmp_path / "tokenizer")
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+    else:
+        (tmp_path / "tokenizer" / form).write_text(json.dumps({token: first + k for k, token in enumerate(learned)}))
+    model, pipeline = hipa.load(tmp_path), quiet_pipeline(StableDiffusionPipeline, tmp_path)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    prompts = ["a cat with a <hat>", "<toy> and a <Hat>"]
+    ids = model.tokenizer(prompts)
+    assert {first, first + 1, first + 3} <= set(ids[1].tolist()) and first + 2 in ids[0] and first + 2 in ids[1]
+    ours, theirs = hipa.sample(model, prompts, [0, 1], 2), run_pipeline(pipeline, prompts, [0, 1], 2, 7.5)
+    assert_same("sample with learned tokens", ours, theirs, relative=True)
+
+
+# -------------------------------------------------------------------------------------------------------- as a library
+def test_nothing_is_changed_silently(model):
+    """A prompt in place of a list of them, and sides that the model cannot have."""
+    with pytest.raises(AssertionError, match="list of strings"):
+        hipa.sample(model, "a cat", [0])
+    for size in ((66, 64), (64, 66)):
+        with pytest.raises(AssertionError, match="multiples of 4"):
+            hipa.sample(model, ["a cat"], [0], 1, size=size)
+        with pytest.raises(AssertionError, match="multiples of 4"):
+            hipa.edit(model, torch.zeros(1, 3, *size), ["a cat"], [0])
+
+
+def test_another_default_dtype(checkpoint, model):
+    """The noise and the schedule do not depend on it, so the picture does not."""
+    expected = hipa.sample(model, ["a cat"], [0], 2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(hipa.sample(hipa.load(checkpoint), ["a cat"], [0], 2), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_can_be_pickled(model):
+    """multiprocessing sends it to other processes."""
+    again = pickle.loads(pickle.dumps(model))
+    ours, theirs = (hipa.sample(m, ["a cat"], [0], 1) for m in (again, model))
+    assert_same("unpickled", ours, theirs)  # tensors lie elsewhere in memory, so sums may round otherwise
 
 
 # ---------------------------------------------------------------------------------------------------------- the method

@@ -12,7 +12,7 @@ import warnings
 
 import ftfy
 import pytest
-from transformers import CLIPTokenizer
+from transformers import AddedToken, CLIPTokenizer
 
 from clip import BEGIN, END, Tokenizer, byte_characters
 from conftest import ROOT
@@ -120,6 +120,38 @@ def test_embedded_vocabulary(pad, tmp_path):
     for prompt in [*NAMED.values(), *itertools.islice(generated(), 100)]:
         for tokenizer in forms:
             assert ours(tokenizer, prompt) == theirs(oracle, prompt), prompt
+
+
+LEARNED = ["<cat-toy>", "<Raw>", "<special>", "MyWord", "<cat>", "<cat-toy>x"]
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "added_tokens_decoder", "added_tokens.json"])
+def test_learned_tokens(form, tmp_path):
+    """Tokens that a checkpoint was taught, where transformers 5, 4 and 3 keep them. Most are found in any case, the
+    longest first; each is one token, wherever it stands."""
+    shutil.copytree(EMOJI, tmp_path, dirs_exist_ok=True)
+    first = max(json.loads((EMOJI / "vocab.json").read_text("utf-8")).values()) + 1
+    if form == "tokenizer.json":
+        oracle = CLIPTokenizer.from_pretrained(EMOJI)
+        oracle.add_tokens([AddedToken("<Raw>", normalized=False), AddedToken("<special>", special=True), *LEARNED])
+        shutil.rmtree(tmp_path)
+        oracle.save_pretrained(tmp_path)
+    elif form == "added_tokens.json":
+        (tmp_path / form).write_text(json.dumps({token: first + k for k, token in enumerate(LEARNED)}))
+    else:
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        flags = {"lstrip": False, "rstrip": False, "single_word": False}
+        settings[form] = {
+            str(first + k): flags | {"content": t, "normalized": t != "<Raw>", "special": t == "<special>"}
+            for k, t in enumerate(LEARNED)
+        }
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    oracle, tokenizer = CLIPTokenizer.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
+    prompts = ["a {}", "{}", "a{}dog", "{}{} x", "{}_1", "a {} and a {}s", "{}x"]
+    spelled = [f(token) for token in LEARNED for f in (str, str.lower, str.upper)]
+    for prompt in [prompt.replace("{}", token) for prompt in prompts for token in spelled]:
+        assert ours(tokenizer, prompt) == theirs(oracle, prompt), prompt
+    assert first in ours(tokenizer, "a <cat-toy>") or form == "tokenizer.json"
 
 
 # -------------------------------------------------------------------------------------- where ours differs, on purpose

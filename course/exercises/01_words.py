@@ -85,7 +85,7 @@ def show(m):
     for text in ("a cat on a blue background", "catastrophe", "strawberries and bees", "an unpronounceable word"):
         x = 10
         for word in text.split():
-            for k, piece in enumerate(tokenizer.bpe(word)):
+            for k, piece in enumerate(tokenizer._bpe(word)):
                 shown = piece.replace("</w>", "")
                 width = 7 * len(shown) + 6
                 draw.rectangle((x, y, x + width, y + 18), fill=("#f0c0c0", "#c0d8f0", "#c8e8c0", "#f0e0b0")[k % 4])
