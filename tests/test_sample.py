@@ -114,7 +114,7 @@ BAD = {  # the command line -> words of the message
     "--image photo.png --scale 2 --size 64": "--scale goes with neither",
 }
 BAD |= {f'"a cat" --image photo.png {name}={v}': name.strip("-") for name, values in VALUES.items() for v in values}
-BAD |= {f'"a cat" --out {path}': path for path in ("taken", "taken/x", "/proc/x")}
+BAD |= {f'"a cat" --out {path}': f"error: {path}: " for path in ("taken", "taken/x", "/proc/x")}
 TEXTS = [name for name in FILES if name.endswith(("txt", "json", "jsonl", "csv"))]
 BAD |= {f"--prompts {name}": f"{name}: " for name in TEXTS}
 BAD |= {f'"" --image {name}': f"{name}: " for name in FILES.keys() - TEXTS}
@@ -427,6 +427,17 @@ def test_a_profile_of_another_kind(tmp_path, mode):
     photo(40, 30, "L").convert(mode).save(path, icc_profile=profile(P3))
     read = np.asarray(sample.read_picture(path)[0]).astype(int)
     assert np.abs(read - read.mean(axis=2, keepdims=True)).max() <= 2
+
+
+def test_the_first_of_several_pictures(cli):
+    """An animation has others, which is said. So has a phone's photo (a preview, depth), of which nothing is lost."""
+    frames = [photo(40, 30), photo(40, 30).rotate(180)]
+    for name in ("film.gif", "film.png", "film.webp", "phone.jpg"):
+        kind = {"format": "MPO"} if name == "phone.jpg" else {"lossless": True} if name == "film.webp" else {}
+        frames[0].save(name, save_all=True, append_images=frames[1:], **kind)
+        assert np.abs(np.asarray(sample.read_picture(Path(name))[0]).astype(int) - pixels(name)).max() <= 1
+        err = cli("a cat", "--image", name).err
+        assert len(err) == (name != "phone.jpg") and all("only the first of its 2 pictures" in line for line in err)
 
 
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
