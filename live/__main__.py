@@ -224,7 +224,7 @@ class Painter:
         metadata |= {"Size": f"{size[0]}x{size[1]}", "Model": self.name}
         if self.loras and asked.adaptors:
             names = ("/".join(path.parts[-2:]) + f":{weight * asked.adaptors:g}" for path, weight in self.loras)
-            metadata["Lora"] = ", ".join(names)
+            metadata["Lora"] = " + ".join(names)
         if asked.image:
             metadata |= {"Image": "image.png", "Denoising strength": f"{asked.strength:g}"}
             metadata |= {"Mask": "mask.png"} if asked.mask else {"Scale": asked.scale} if asked.scale else {}

@@ -25,6 +25,7 @@ from conftest import ROOT, run_sample  # puts the project's root where `live` is
 
 import hipa  # isort: skip
 import sample  # isort: skip
+from lora import add_lora, factors, lora_bytes  # isort: skip
 from live import __main__ as live  # isort: skip
 from live.figure import Page, chromium, resize, serving, until  # isort: skip
 
@@ -129,6 +130,41 @@ def test_the_slider_and_the_views(server):
     assert same(png(on["sobel"]), sample.to_pil(2 * live.sobel(x / 2 + 0.5) - 1)[0])
     assert abs(np.asarray(png(on["high_pass"])).mean() - 127.5) < 2  # around grey
     assert sum(off["spectrum"][16:]) < 0.5 * sum(on["spectrum"][16:])
+
+
+def test_several_adaptors(sd15_like, tmp_path, capsys):
+    """At 1 the slider gives what sample.py makes of them, at 0 the frozen model, to the bit, of both networks."""
+    model, files = hipa.load(sd15_like), [tmp_path / name for name in ("hipa.safetensors", "style.safetensors")]
+    torch.manual_seed(0)
+    add_lora(model.unet, 2)
+    for _, B in factors(model.unet).values():
+        B.data.normal_(std=0.1)
+    files[0].write_bytes(lora_bytes(model.unet, {"hipa": "{}"}))
+    path = "text_model_encoder_layers_1_mlp_fc1"
+    save_file({f"lora_te_{path}.lora_down.weight": torch.randn(2, 48), f"lora_te_{path}.lora_up.weight":
+               torch.randn(80, 2)}, files[1])  # fmt: skip
+    painter = live.Painter(str(sd15_like), loras=[str(files[0]), f"{files[1]}:-0.5"])
+    assert painter.facts["adaptors"] == 1 and len(painter.fade.layers) == len(factors(model.unet)) + 1
+    argv = ["a cat", "--model", sd15_like, "--out", tmp_path, "--lora", files[0], "--lora", f"{files[1]}:-0.5"]
+    _, (made,), _ = run_sample(argv, capsys)
+    on, half, off = (painter.draw({"prompt": "a cat", "adaptors": weight})["picture"] for weight in (1, 0.5, 0))
+    assert same(png(on), Image.open(made)) and png(on).text == Image.open(made).text
+    assert all(
+        words in png(half).text["parameters"] for words in ("/hipa.safetensors:0.5 + ", "/style.safetensors:-0.25")
+    )
+    assert same(png(off), one(hipa.load(sd15_like), "a cat")) and not same(png(half), png(on))
+
+
+def test_nothing_to_paint(plain):
+    whole, mask = url(Image.new("RGB", (32, 32), "blue")), url(Image.new("L", (32, 32)))
+    status, answer = post(plain, {"image": whole, "mask": mask})
+    assert status == 400 and "nothing in the mask is white" in answer
+
+
+def test_no_picture_of_nan(plain, monkeypatch):
+    monkeypatch.setattr(hipa, "sample", lambda *_, **__: torch.full((1, 3, 64, 64), torch.nan))
+    status, answer = post(plain, {"prompt": "a cat"})
+    assert status == 400 and "not finite" in answer
 
 
 # ------------------------------------------------------------------------------------------------------- nonsense

@@ -464,7 +464,7 @@ def test_others_keep_the_models_steps_and_guidance(cli, adaptors, adapted, tmp_p
     assert "Steps: 25," in result.text and "CFG scale: 7.5," in result.text
     assert "Steps: 1," in both.text and "CFG scale: 1," in both.text
     names = ["/".join(path.parts[-2:]) for path in (style, adaptors)]
-    assert f"Lora: {names[0]}:0.3, {names[1]}:0.5" in both.text
+    assert f"Lora: {names[0]}:0.3 + {names[1]}:0.5" in both.text
     assert (
         np.abs(np.asarray(both.picture) - np.asarray(cli("--lora", f"{adaptors}:0.8").picture).astype(int)).max() <= 1
     )

@@ -22,9 +22,20 @@ def test_links_and_files_exist(page):
     named = re.findall(r"\b((?:emoji|docs|tests|live)/[\w./-]+\.\w+|\w+\.py)\b", text)
     missing = [link for link in links if not (PAGES[page].parent / link).exists()]
     missing += [
-        name for name in named if not any((ROOT / folder / name).exists() for folder in (".", "emoji", "tools"))
+        name
+        for name in named
+        if not any((ROOT / folder / name).exists() for folder in (".", "emoji", "tools", "tests"))
     ]
     assert links and not missing
+
+
+def test_what_is_given_has_a_test():
+    """Each row of docs/inputs.md that names tests names some that are there."""
+    named = re.findall(r"`(test_\w+\.py)(?: -k \"?([\w ]+)\"?)?`", PAGES["inputs.md"].read_text("utf-8"))
+    assert len(named) > 40
+    for file, words in named:
+        names = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text("utf-8"), re.M)
+        assert all(any(word in name for name in names) for word in words.split(" or ")), (file, words)
 
 
 @pytest.mark.parametrize("program", ["sample.py", "train.py"])

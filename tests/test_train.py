@@ -420,6 +420,8 @@ def test_a_mistake(finished, small, monkeypatch, tmp_path, options):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(hipa, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    if "no-such-model" not in options:
+        monkeypatch.setattr(hipa, "find_checkpoint", lambda *_, **__: pytest.fail("the model was looked for"))
     for name, text in {"p.txt": "a cat\n", "empty.txt": " \n", "other.json": "[]", "odd/settings.json": "{}"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
