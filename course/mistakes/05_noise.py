@@ -60,7 +60,7 @@ MISTAKES = [
     {"name": "v with the other sign", "caught": "velocity", "code": {BACK: [(V, "alpha * x + sigma * prediction")]},
      "says": "Look at the sign of v. Put both formulas into alpha x + sigma v: does the noise cancel?"},
     {"name": "one timestep too many", "caught": "alphas",
-     "code": {POST: [("self.num_train_timesteps)", "self.num_train_timesteps + 1)"), (PRODUCT, PRODUCT + "[:-1]")]},
+     "code": {POST: [("num_train_timesteps, dtype", "num_train_timesteps + 1, dtype"), (PRODUCT, PRODUCT + "[:-1]")]},
      "says": "Your betas end one step too late: the last of the timesteps has not quite beta_end."},
     {"name": "double precision", "caught": "precision", "code": {POST: [(PRODUCT, "torch.cumprod(1 - betas.double(), dim=0)")]},
      "says": "alphas_cumprod is in double precision, and so would be all latents that it is multiplied with."},
