@@ -467,7 +467,7 @@ def test_how_many_parameters_are_trained(begin, small, tmp_path, layers, rank):
     """Counted from the shapes in the checkpoint: an adaptor of W (out, in, ...) has rank x (in ... + out). The frozen
     networks are in half precision here, adaptors and optimizer's state are not; and batches of one will do."""
     weights = load_file(small / "unet" / "diffusion_pytorch_model.safetensors")
-    pattern = r"\.to_(q|k|v|out\.0)\.weight$" if layers == "attention" else r"\.weight$"
+    pattern = r"\.to_(q|k|v|out\.0)\.weight$" if layers == "attention" else r"^(down|mid|up)_block.*\.weight$"
     wanted = [w for key, w in weights.items() if w.dim() > 1 and re.search(pattern, key)]
     count = sum(rank * (math.prod(w.shape[1:]) + w.shape[0]) for w in wanted)
     result = done(*begin(layers=layers, rank=rank, dtype="bfloat16", steps=1, batch=1))
