@@ -117,7 +117,7 @@ BAD |= {f'"a cat" --image photo.png {name}={v}': name.strip("-") for name, value
 BAD |= {f'"a cat" --out {path}': f"error: {path}: " for path in ("taken", "taken/x", "/proc/x")}
 TEXTS = [name for name in FILES if name.endswith(("txt", "json", "jsonl", "csv"))]
 BAD |= {f"--prompts {name}": f"{name}: " for name in TEXTS}
-BAD |= {f'"" --image {name}': f"{name}: " for name in FILES.keys() - TEXTS}
+BAD |= {f'"" --image {name}': f"{name}: " for name in FILES if name not in TEXTS}
 BAD['"" --image page.eps'] = "cannot identify"
 
 
