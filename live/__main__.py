@@ -12,6 +12,7 @@ adaptors' slider; what a request may say; drawing; HTTP.
 import base64
 import io
 import json
+import os
 import select
 import socket
 import sys
@@ -370,7 +371,10 @@ def main(argv=None):
     print(server.address, flush=True)
     if args.open:
         webbrowser.open(server.address)
-    server.serve_forever()
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        os._exit(130)  # at once: else Python waits for the thread that draws, and PyTorch's own may complain
 
 
 if __name__ == "__main__":

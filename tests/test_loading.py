@@ -181,6 +181,7 @@ def test_any_bytes(folder, kind, count, rounds):
     assert refused > count * rounds / 10  # the damage is felt
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file:FutureWarning")
 @pytest.mark.parametrize("version", ["0.4.0.dev0", "0.8.1", "0.9.0", "0.42.1", None])
 @pytest.mark.parametrize("side", [8, 32, 64, 96])
 def test_the_side_in_old_configs(folder, version, side):

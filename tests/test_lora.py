@@ -341,6 +341,7 @@ def of_both_networks(pipeline, style, rank, seed):
     return tensors
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("styles", [("kohya", "diffusers"), ("early 2023", "kohya")], ids=str)
 def test_two_files_for_both_networks(checkpoint, tmp_path, styles):
     """With weights, they are diffusers' with `set_adapters`: text states and a picture."""

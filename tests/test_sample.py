@@ -429,6 +429,7 @@ def test_a_profile_of_another_kind(tmp_path, mode):
     assert np.abs(read - read.mean(axis=2, keepdims=True)).max() <= 2
 
 
+@pytest.mark.filterwarnings("ignore:.*only the first")
 def test_the_first_of_several_pictures(cli):
     """An animation has others, which is said. So has a phone's photo (a preview, depth), of which nothing is lost."""
     frames = [photo(40, 30), photo(40, 30).rotate(180)]
