@@ -203,7 +203,7 @@ def test_nothing_is_changed_silently(model):
     for size in ((66, 64), (64, 66)):
         with pytest.raises(AssertionError, match="multiples of 4"):
             hipa.sample(model, ["a cat"], [0], 1, size=size)
-        with pytest.raises(AssertionError, match="not whole latents"):
+        with pytest.raises(AssertionError, match="no whole latents"):
             hipa.edit(model, torch.zeros(1, 3, *size), ["a cat"], [0])
 
 
