@@ -126,7 +126,7 @@ def high_frequency_energy(pictures, cut=0.25):
 
 
 def radial_power(pictures):
-    """(B, 3, H, H) in [-1, 1] -> mean power of the grey picture at each distance from the spectrum's centre, H / 2
+    """(B, 3, H, H) in [-1, 1] -> mean power of the grey picture at each distance from the spectrum's centre, H / 2 + 1
     bins from 0 to the Nyquist frequency. A Hann window first, because a picture does not go on at its other side."""
     grey = pictures.clamp(-1, 1).mean(dim=1)
     side = grey.shape[-1]

@@ -349,6 +349,22 @@ def train_tokenizer(captions, length):
     return Tokenizer({token: i for i, token in enumerate(tokens)}, merges, length)
 
 
+def draw_timesteps(batch, total, device):
+    """-> (batch,), logit-normal (Esser et al. 2024): more in the middle, where the shapes are decided. One from each of
+    `batch` equally likely parts: less noise in the loss than independent draws."""
+    quantile = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+    share = torch.sigmoid(0.3 + 1.3 * torch.special.ndtri(quantile))
+    return (share * total).long().clamp(max=total - 1)
+
+
+def diffusion_loss(network, schedule, x0, context, timestep, noise):
+    """Latents x0 and noise (B, 4, h, w), text states (B, S, D), timesteps (B,) -> the mean square error of what
+    network(x, timestep, context) says of the noisy x: the noise, or v (Salimans & Ho 2022)."""
+    alpha, sigma = schedule.alpha_sigma(timestep)
+    target = noise if schedule.prediction_type == "epsilon" else alpha * noise - sigma * x0
+    return F.mse_loss(network(schedule.add_noise(x0, timestep, noise), timestep, context), target)
+
+
 def unet_training(data, model, folder):
     """Diffusion training (Ho et al. 2020) of UNet and text encoder together, for v
     (Salimans & Ho 2022) or the noise. One caption in ten is left empty, for guidance."""
@@ -358,20 +374,12 @@ def unet_training(data, model, folder):
     ids = torch.stack([model.tokenizer(group) for group in data.captions])  # (N, 4, S)
 
     def error(networks, x0, text, timestep, noise):
-        alpha, sigma = schedule.alpha_sigma(timestep)
-        target = noise if schedule.prediction_type == "epsilon" else alpha * noise - sigma * x0
-        x = schedule.add_noise(x0, timestep, noise)
-        return F.mse_loss(networks["unet"](x, timestep, networks["text_encoder"](text)), target)
+        return diffusion_loss(networks["unet"], schedule, x0, networks["text_encoder"](text), timestep, noise)
 
     def loss_of(x0, captions):
-        batch = len(x0)
-        text = captions[torch.arange(batch), torch.randint(captions.shape[1], (batch,))]
-        text[torch.rand(batch, device=text.device) < 0.1] = empty
-        # Logit-normal timesteps (Esser et al. 2024): more in the middle, where the shapes are decided. One from each of
-        # `batch` equally likely parts: less noise in the loss than independent draws.
-        quantile = (torch.arange(batch, device=x0.device) + torch.rand(batch, device=x0.device)) / batch
-        share = torch.sigmoid(0.3 + 1.3 * torch.special.ndtri(quantile))
-        timestep = (share * schedule.num_train_timesteps).long().clamp(max=schedule.num_train_timesteps - 1)
+        text = captions[torch.arange(len(x0)), torch.randint(captions.shape[1], (len(x0),))]
+        text[torch.rand(len(x0), device=text.device) < 0.1] = empty
+        timestep = draw_timesteps(len(x0), schedule.num_train_timesteps, x0.device)
         return error(networks, x0, text, timestep, torch.randn_like(x0))
 
     @torch.no_grad()

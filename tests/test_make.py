@@ -102,6 +102,29 @@ def test_a_copy(home, part):
     assert before == {path: path.read_bytes() for path in home.glob("*/*.safetensors")}
 
 
+def test_one_timestep_from_each_equally_likely_part():
+    parts = torch.sigmoid(0.3 + 1.3 * torch.special.ndtri(torch.arange(9) / 8)) * 1000
+    for _ in range(50):
+        timesteps = make.draw_timesteps(8, 1000, "cpu")
+        assert (parts[:-1].long() <= timesteps).all() and (timesteps <= parts[1:]).all() and timesteps.max() < 1000
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_loss_is_0_for_what_the_schedule_asks_for(kind):
+    """With the true noise, or v, the way back leads to x0; any other prediction costs its distance, squared."""
+    schedule = hipa.Schedule("scaled_linear", 0.00085, 0.012, prediction_type=kind)
+    x0, noise, timesteps = torch.randn(3, 4, 5, 7), torch.randn(3, 4, 5, 7), torch.tensor([0, 500, 999])
+    alpha, sigma = schedule.alpha_sigma(timesteps)
+    true, x = noise if kind == "epsilon" else alpha * noise - sigma * x0, schedule.add_noise(x0, timesteps, noise)
+    assert torch.allclose(schedule.predict_x0(x, timesteps, true), x0, atol=1e-4)
+
+    def network(noisy, t, context):
+        assert noisy.equal(x) and t is timesteps and context == "text"
+        return true + 0.5
+
+    assert make.diffusion_loss(network, schedule, x0, "text", timesteps, noise).item() == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("what", [("unett", "5"), ("unet", "soon"), ("unet", "-1"), ("decoder", "nan")], ids="-".join)
 def test_a_typo_is_told_at_once(what):
     with pytest.raises(hipa.UserError, match="--improve takes one of unet, decoder, epsilon|expected 2 arguments"):
