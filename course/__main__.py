@@ -1,4 +1,4 @@
-"""The course: twelve exercises, cut from the project's own files.
+"""The course: thirteen exercises, cut from the project's own files.
 
 In the students' folder:
     python course                        # the board: what is done, what is next
@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -48,17 +49,21 @@ def board(project):
         if exercise in new:
             keep(kept, next(results), marks[exercise.number])
         points, state = kept[str(exercise.number)]["points"], kept[str(exercise.number)]["state"]
-        print(f"{row(exercise)}  {points:4.3g} of {exercise.POINTS:2}   {state}".rstrip(), flush=True)
+        print(f"{row(exercise)}  {number(points):>5} of {exercise.POINTS:2}   {state}".rstrip(), flush=True)
         total += points
         if points < exercise.POINTS:
             (begun if state else fresh).append(exercise.number)
     write_kept(kept)
     most = sum(exercise.POINTS for exercise in project.exercises)
-    print(f"\n{total:.3g} of {most} points. ", end="")
+    print(f"\n{number(total)} of {most} points. ", end="")
     if begun or fresh:
         print(f"Next: python course check {[*begun, *fresh][0]}")
     else:
         print('All done. This runs your own code: python sample.py "a cat"')
+
+
+def number(points):
+    return f"{points:.2f}".rstrip("0").rstrip(".")
 
 
 def row(exercise):
@@ -170,7 +175,7 @@ def report(result):
     if result.failed:
         first, *rest = result.failed.split("\n")
         lines += ["", *wrapped(first, "  NO   ", "       "), *(f"       {line}" for line in rest)]
-    points = f"{result.points:.3g} of {exercise.POINTS} points."
+    points = f"{number(result.points)} of {exercise.POINTS} points."
     if result.points == exercise.POINTS:
         points += f" See what you have made: python course check {exercise.number} --picture"
     return "\n".join([*lines, "", points])
@@ -224,10 +229,14 @@ def grade(project, folder, seed, out):
     for result, test in zip(check_all(project, project.exercises, paths, texts, seed), tests):
         test["score"], test["output"] = result.points, report(result)
         write_results(tests, out)
-        line = f"{row(result.exercise)}  {result.points:4.3g} of {result.exercise.POINTS:2}   {state_of(result)}"
+        line = f"{row(result.exercise)}  {number(result.points):>5} of {result.exercise.POINTS:2}   {state_of(result)}"
         print(line.rstrip(), flush=True)
     total, most = sum(test["score"] for test in tests), sum(test["max_score"] for test in tests)
-    print(f"\n{total:.4g} of {most} points")
+    print(f"\n{number(total)} of {most} points")
+    if not out:  # Gradescope may show to students what is printed
+        from answers import collect
+
+        print(f"\n{collect(folder)}")
 
 
 def write_results(tests, out):
@@ -244,7 +253,7 @@ def prove_all(number, seeds):
     from checks import Course
     from proof import prove
 
-    course, total, problems = Course(ROOT), [0] * 5, []
+    course, total, problems, kinds = Course(ROOT), [0] * 5, [], Counter()
     numbers = [e.number for e in Project().exercises if number in (None, e.number)]
     print(
         "| # | exercise | checks | mistakes caught | and named | other right answers | mutants | of these "
@@ -257,6 +266,7 @@ def prove_all(number, seeds):
             rows.append(prove(course, exercise, seed))
             problems += [f"exercise {n}, seed {seed}: {problem}" for problem in rows[-1]["problems"]]
         one = rows[0]
+        kinds += one["kinds"]
         counts = [one[key] for key in ("checks", "mistakes", "right", "mutants", "equivalent")]
         total = [a + b for a, b in zip(total, counts)]
         caught, named = (min(r[key] for r in rows) for key in ("caught", "named"))
@@ -266,6 +276,8 @@ def prove_all(number, seeds):
     names = ["checks", "mistakes", "other right answers", "mutants", "of them equivalent"]
     shown = ", ".join(f"{count} {name}" for count, name in zip(total, names))
     print(f"\nSeeds {', '.join(map(str, seeds))}: {shown}; {len(problems)} problems")
+    named, shown = kinds.pop("named", 0), ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    print(f"Bad conduct: {shown}; {named} of {sum(kinds.values())} told by its kind")
     for problem in problems:
         print(f"PROBLEM {problem}")
     return 1 if problems else 0
@@ -287,7 +299,7 @@ def parse_args(argv, is_cut):
         return commands.add_parser(name, help=words, description=words).add_argument
 
     add = command("check", "checks an exercise; before it is begun: what is to be done")
-    add("number", type=int, metavar="N", help="its number, 1 to 12")
+    add("number", type=int, metavar="N", help="its number, 1 to 13")
     add("--picture", action="store_true", help="saves a picture of what your code makes, right or wrong")
     if not is_cut:
         add = command("cut", "makes the students' folder")

@@ -16,21 +16,25 @@ import types
 
 import torch
 
-from cutting import FILES, Answer, exercises, parsed, source_of, split
+from conduct import conduct_checks, settings_kept
+from cutting import FILES, Answer, exercises, find, parsed, source_of, split, together
 
 SECONDS = 6  # of processor time for one check; on a usual laptop the slowest takes less than one
-PICTURE_SECONDS = 90
+PICTURE_SECONDS = 30  # the slowest takes 4
 
 
 class Wrong(AssertionError):
     """Raised by a check: what is wrong, in a sentence for the student."""
+
+    def __str__(self):
+        return self.args[0]  # a second one is the kind of fault, for the proof
 
 
 def check(target, why):
     """Marks a check of the function `target`. `why` tells the student what the check is about."""
 
     def mark(function):
-        function.target, function.why = target, why
+        function.target, function.why, function.kinds = target, why, ()
         return function
 
     return mark
@@ -100,11 +104,13 @@ class Course:
         module = load_file(f"exercise_{number}", exercise.path)
         bank = load_file(f"mistakes_{number}", exercise.path.parent.parent / "mistakes" / exercise.path.name)
         exercise.checks = {name: f for name, f in vars(module).items() if hasattr(f, "why")}
+        assert {c.target for c in exercise.checks.values()} == set(exercise.TARGETS), f"{exercise.path}: no check"
+        first, last = conduct_checks(exercise, (TooLong, KeyboardInterrupt), Wrong)
+        exercise.checks = first | exercise.checks | last
         exercise.show = module.show
         exercise.mistakes = {m["name"]: m for m in bank.MISTAKES}
         exercise.right = {m["name"]: m for m in bank.RIGHT}
         exercise.equivalent = getattr(bank, "EQUIVALENT", {})
-        assert {c.target for c in exercise.checks.values()} == set(exercise.TARGETS), f"{exercise.path}: no check"
         return exercise
 
     def graft(self, answers, paths=None):
@@ -112,11 +118,15 @@ class Course:
 
         All modules are made anew, because they import each other. `paths` {module: file name} for tracebacks.
         """
-        trees = {}
+        trees, extras = {}, {}
         for target, answer in answers.items():
             module, name = split(target)
             tree = trees.setdefault(module, ast.parse(self.texts[module]))
-            replace(tree, name, answer)
+            holder = replace(tree, name, answer)
+            for place, added in ((tree, answer.extras), (holder, answer.methods)):
+                extras.setdefault(id(place), (place, {}))[1].update({ast.unparse(n): (k, n) for k, n in added})
+        for place, added in extras.values():
+            place.body = together(place.body, added.values())
         saved = {name: sys.modules.pop(name, None) for name in FILES}
         made = types.SimpleNamespace()
         try:
@@ -151,18 +161,23 @@ class Course:
                 continue
             names = [name for name, f in exercise.checks.items() if f.target == target]
             try:
-                with TimeLimit(seconds):
+                with TimeLimit(seconds), settings_kept():
                     modules = self.graft({target: answers[target]}, paths)
             except BaseException as error:
                 modules = Raised(error)
             for name in names:
+                f, last = exercise.checks[name], "gradient" in exercise.checks[name].kinds
+                if last and any(results[n][0] for n in names if n in results):
+                    continue
                 if before:
                     before(name)
                 value = modules
                 if not isinstance(modules, Raised):
-                    value = value_of(exercise.checks[name], modules, seed, seconds)
+                    value = value_of(f, modules, seed, seconds * (3 if last else 1 / 3 if f.kinds else 1))
                 if isinstance(value, Raised) and isinstance(value.error, TooLong):
-                    modules = value  # so that an endless loop is waited for once
+                    # An endless loop is waited for once. It is told by the checks of values: the other two call a
+                    # function many times, and without values.
+                    value, modules = (True, modules) if f.kinds else (value, value)
                 how = value.says if isinstance(value, Raised) else difference(value, self.expected[name, seed])
                 results[name] = how, value
         return results
@@ -222,17 +237,11 @@ class Course:
 
 
 def replace(tree, name, answer):
-    """Puts an answer in the place of the function `name` of a module's tree."""
-    holder = tree
-    *classes, last = name.split(".")
-    for cls in classes:
-        holder = next(n for n in holder.body if isinstance(n, ast.ClassDef) and n.name == cls)
-    for i, old in enumerate(holder.body):
-        if getattr(old, "name", None) == last:
-            answer.node.decorator_list = answer.node.decorator_list or old.decorator_list
-            holder.body[i : i + 1] = [answer.node, *answer.methods]
-            break
-    tree.body += answer.extras
+    """Puts an answer in the place of the function `name` of a module's tree -> the class or module that holds it."""
+    holder, old = find(tree, name)
+    answer.node.decorator_list = answer.node.decorator_list or old.decorator_list
+    holder.body[holder.body.index(old)] = answer.node
+    return holder
 
 
 class Raised:
@@ -251,7 +260,7 @@ class Raised:
 def value_of(function, modules, seed, seconds):
     torch.manual_seed(seed)
     try:
-        with TimeLimit(seconds):
+        with TimeLimit(seconds), settings_kept():
             return function(modules, torch.Generator().manual_seed(seed))
     except KeyboardInterrupt:
         raise

@@ -20,6 +20,12 @@ class Capped(io.TextIOBase):
     def __init__(self, most=2000):
         self.text, self.most, self.count = "", most, 0
 
+    def taken(self):
+        """What was printed since the last time."""
+        more = f"\n... and {self.count - len(self.text):,} characters more" if self.count > self.most else ""
+        text, self.text, self.count = self.text + more, "", 0
+        return text
+
     def write(self, text):
         self.text += text[: max(0, self.most - len(self.text))]
         self.count += len(text)
@@ -51,40 +57,57 @@ def main():
     course = Course(HERE.parent)
     exercise = course.exercise(request["exercise"])
     tell(ready=True)
-    if request["picture"]:
-        tell(**picture(course, exercise, request), printed=shown(printed))
+    limit_memory()
+    if request["only"] is None:
+        tell(**picture(course, exercise, request), printed=printed.taken())
     else:
-        tell(**judge(course, exercise, request, tell), printed=shown(printed))
+        judge(course, exercise, request, lambda **e: tell(**e, printed=printed.taken() if "checks" in e else ""))
 
 
-def shown(printed):
-    more = f"\n... and {printed.count - len(printed.text):,} characters more" if printed.count > printed.most else ""
-    return printed.text + more
+def limit_memory(bytes_more=3 * 2**30):
+    """So that an answer that would fill the memory costs itself, not the machine: where a system has such a limit."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + bytes_more, most))
+    except (ImportError, OSError, ValueError):
+        pass
 
 
-def judge(course, exercise, request, tell):
-    """-> {"checks": [[target, name, why, None if right, else what is wrong]], "hints": {target: sentence}}"""
-    from checks import Raised, Wrong, in_general
+def own_answers(course, exercise, request):
     from cutting import Answer, answers
 
     written = answers(exercise, request["texts"], course.texts)
-    written = {target: answer for target, answer in written.items() if isinstance(answer, Answer)}
+    return {target: answer for target, answer in written.items() if isinstance(answer, Answer)}
+
+
+def judge(course, exercise, request, tell):
+    """Tells of each function when it begins, of each of its checks, and at the end
+    "checks": [[target, name, why, None if right, else what is wrong]] and "hint": a sentence or None."""
+    from checks import Raised, Wrong, in_general
+
     seed, paths = request["seed"], request["paths"]
-    results = course.run(exercise, written, seed, paths, before=lambda name: tell(begun=exercise.checks[name].why))
-    checks, hints = [], {}
-    for name, (how, value) in results.items():
-        f = exercise.checks[name]
-        if isinstance(value, Raised) and not isinstance(value.error, Wrong):
-            how += place_of(value.error, set(paths.values()))
-        checks.append([f.target, name, f.why, how])
-    for target in written:
-        failed = [n for n, r in results.items() if r[0] and exercise.checks[n].target == target]
+
+    def before(name):
+        tell(begun=exercise.checks[name].target, why=exercise.checks[name].why)
+
+    for target, answer in own_answers(course, exercise, request).items():
+        if target not in request["only"]:
+            continue
+        tell(begun=target)
+        results = course.run(exercise, {target: answer}, seed, paths, before)
+        checks, hint = [], None
+        for name, (how, value) in results.items():
+            if isinstance(value, Raised) and not isinstance(value.error, Wrong):
+                how += place_of(value.error, set(paths.values()))
+            checks.append([target, name, exercise.checks[name].why, how])
+        failed = next((name for name, r in results.items() if r[0]), None)
         if failed:
             mistake = course.diagnose(exercise, results, target, seed)
-            first = failed[0]
-            guess = mistake["says"] if mistake else in_general(results[first][1], course.expected[first, seed])
-            hints[target] = guess
-    return {"checks": checks, "hints": hints}
+            hint = mistake["says"] if mistake else in_general(results[failed][1], course.expected[failed, seed])
+        tell(done=target, checks=checks, hint=hint)
 
 
 def place_of(error, paths):
@@ -99,11 +122,12 @@ def place_of(error, paths):
 
 def picture(course, exercise, request):
     """What the student sees at the end, made with the student's own functions. -> {"png": base64, "words"}"""
-    from checks import PICTURE_SECONDS, TimeLimit, Wrong
-    from cutting import Answer, answers
+    from checks import PICTURE_SECONDS, Raised, TimeLimit, TooLong, Wrong
 
-    written = answers(exercise, request["texts"], course.texts)
-    written = {target: answer for target, answer in written.items() if isinstance(answer, Answer)}
+    written = own_answers(course, exercise, request)
+    for how, value in course.run(exercise, written, 0).values():  # a loop that never ends is found sooner by the checks
+        if isinstance(value, Raised) and isinstance(value.error, TooLong):
+            return {"failed": f"no picture: {how}"}
     try:
         with TimeLimit(PICTURE_SECONDS):
             image, words = exercise.show(course.graft(written, request["paths"]))

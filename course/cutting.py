@@ -15,7 +15,7 @@ from pathlib import Path
 
 # The files that exercises are cut from, in the order in which they import each other.
 FILES = {name: f"{name}.py" for name in ("clip", "unet", "vae", "lora", "losses", "hipa", "sample", "train")}
-FILES["evaluate"] = "emoji/evaluate.py"
+FILES |= {"evaluate": "emoji/evaluate.py", "make": "emoji/make.py"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 parse = functools.lru_cache(ast.parse)  # for trees that are only read
 
@@ -36,6 +36,7 @@ class Exercise:
     POINTS: int
     TARGETS: list[str]  # the functions to write, as "module.Class.function"
     FORBIDDEN: dict[str, str] = field(default_factory=dict)  # {a name that the answer must not use: why}
+    UNTRAINED: list[str] = field(default_factory=list)  # names, or "name argument": no training goes through there
 
 
 def read_exercise(path):
@@ -139,11 +140,38 @@ def line_of(target, texts):
 # ------------------------------------------------------------------------------------------------------------ an answer
 @dataclass
 class Answer:
-    """A function as a student wrote it, and what else of the file it may use."""
+    """A function as a student wrote it, and what else of the file it may use: statements that the project has not, each
+    with the number of the project's own statement after which it stands (-1: before all)."""
 
     node: ast.FunctionDef
-    extras: list = field(default_factory=list)  # further statements of the module: imports, helpers, constants
-    methods: list = field(default_factory=list)  # further functions of the function's class
+    extras: list = field(default_factory=list)  # of the module: imports, helpers, constants
+    methods: list = field(default_factory=list)  # of the function's class
+
+    @property
+    def trees(self):
+        return [self.node, *(node for _, node in (*self.extras, *self.methods))]
+
+
+def added(body, old):
+    """The statements of a module or class that are not in the project's, [(number, statement)]: what prints, calls or
+    asserts at the top is left out."""
+    known = {getattr(node, "name", None) or ast.unparse(node): i for i, node in enumerate(old)}
+    found, place = [], -1
+    for node in body:
+        key = getattr(node, "name", None) or ast.unparse(node)
+        place = known.get(key, place)
+        if key not in known and not isinstance(node, (ast.Expr, ast.Assert, ast.Raise)):
+            first = isinstance(node, ast.ImportFrom) and node.module == "__future__"
+            found.append((-1 if first else place, node))
+    return found
+
+
+def together(old, extras):
+    """The project's statements with those of students among them, `from __future__` first."""
+    extras = sorted(extras, key=lambda e: (e[0], getattr(e[1], "module", None) != "__future__"))
+    return [
+        n for i, node in enumerate([None, *old], -1) for n in ([node] * (i >= 0) + [e for k, e in extras if k == i])
+    ]
 
 
 def answers(exercise, texts, reference):
@@ -171,50 +199,44 @@ def read_answer(target, texts, reference):
     if text is None:
         raise Problem(f"{file} is missing")
     try:
-        tree = parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return Answer(lift(text, name, file, error))
+        tree, error = parse(text), None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:  # it may be in another exercise
+        tree, error = ast.Module(salvage(text.splitlines()), []), problem
+    old = parse(reference[module])
     try:
         holder, node = find(tree, name)
     except KeyError:
-        raise Problem(f"{file} has no {name} any more: the function's name and place must stay") from None
-    old = parse(reference[module])
-    names = {n.name for n in old.body if hasattr(n, "name")}
-    known = {ast.unparse(n) for n in old.body if not hasattr(n, "name")}
-    kinds = (*FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign)
-    extras = [n for n in tree.body if isinstance(n, kinds) and getattr(n, "name", None) not in names]
-    extras = [n for n in extras if ast.unparse(n) not in known]
-    methods = []
-    if holder is not tree:
-        there = {n.name for n in find(old, name)[0].body if isinstance(n, FUNCTIONS)}
-        methods = [n for n in holder.body if isinstance(n, FUNCTIONS) and n.name not in there]
-    return Answer(node, extras, methods)
-
-
-def lift(text, name, file, error):
-    """The function out of a file that does not parse: the mistake may be in another exercise. Raises Problem."""
-    lines, start, depth = text.splitlines(), 0, 0
-    for part in name.split("."):
-        word = "def" if part == name.split(".")[-1] else "class"
-        pattern = re.compile(rf"( {{{depth}}})(async )?{word} {part}\b")
-        start = next((i for i in range(start, len(lines)) if pattern.match(lines[i])), len(lines))
-        depth += 4
-    end = start + 1
-    while end < len(lines) and (not lines[end].strip() or re.match(rf" {{{depth}}}|\s*[\])}}]", lines[end])):
-        end += 1
-    try:
-        tree = ast.parse(textwrap.dedent("\n".join(lines[start:end])))
-        node = ast.increment_lineno(tree, start).body[0]
-        return node if isinstance(node, FUNCTIONS) else 1 / 0
-    except (SyntaxError, IndexError, ZeroDivisionError):
+        if error is None:
+            raise Problem(f"{file} has no {name} any more: the function's name and place must stay") from None
         line = getattr(error, "lineno", None)
         place = f"{file}, line {line}" if line else file
         raise Problem(f"{place}: Python cannot read this file: {getattr(error, 'msg', error)}") from None
+    methods = added(holder.body, find(old, name)[0].body) if holder is not tree else []
+    return Answer(node, added(tree.body, old.body), methods)
+
+
+def salvage(lines, first=0, depth=0):
+    """The statements, at an indentation, of a file that does not parse: all that do alone. `first`: lines before."""
+    starts = [
+        i for i, line in enumerate(lines) if re.match(rf" {{{depth}}}(?!(else|elif|except|finally)\b)[^\s#)\]}}]", line)
+    ]
+    starts = [i for k, i in enumerate(starts) if not k or not lines[starts[k - 1]].strip().startswith("@")]
+    found = []
+    for start, end in zip(starts, [*starts[1:], len(lines)]):
+        part = lines[start:end]
+        try:
+            found += ast.increment_lineno(ast.parse(textwrap.dedent("\n".join(part))), first + start).body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            head = next((k for k, line in enumerate(part) if re.match(r" *class .*:", line)), None)
+            if head is not None:
+                (holder,) = ast.parse(textwrap.dedent("\n".join([*part[: head + 1], " " * (depth + 1) + "pass"]))).body
+                holder.body = salvage(part[head + 1 :], first + start + head + 1, depth + 4) or holder.body
+                found.append(holder)
+    return found
 
 
 def uses(answer, word):
-    trees = [answer.node, *answer.extras, *answer.methods]
-    names = {getattr(n, "attr", getattr(n, "id", getattr(n, "name", None))) for t in trees for n in ast.walk(t)}
+    names = {getattr(n, "attr", getattr(n, "id", getattr(n, "name", None))) for t in answer.trees for n in ast.walk(t)}
     return word in names
 
 
@@ -222,6 +244,6 @@ def fingerprint(exercise, texts, reference):
     """Changes if and only if what a student wrote for an exercise changes, or the exercise does."""
     parts = [exercise.path.read_text("utf-8")]
     for answer in answers(exercise, texts, reference).values():
-        trees = [answer.node, *answer.extras, *answer.methods] if isinstance(answer, Answer) else []
+        trees = answer.trees if isinstance(answer, Answer) else []
         parts.append(repr([ast.dump(tree) for tree in trees] or str(answer)))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

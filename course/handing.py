@@ -4,11 +4,14 @@ import json
 import zipfile
 import zlib
 
+import answers
 from cutting import FILES, cut, split
 from running import HERE, ROOT, UserError, files_below
 
 PLAIN = ["requirements.txt", "LICENSE", ".gitignore", "losses.safetensors"]  # go into the students' folder as they are
-TEACHERS = ["README.md", "handout.md", "handing.py", "proof.py", "figure.py", "autograder"]  # stay here
+TEACHERS = [  # stay here
+    "README.md", "handout.md", "handing.py", "proof.py", "figure.py", "autograder", "answers.py", "answers.md",
+]  # fmt: skip
 
 
 def cut_folder(project, target):
@@ -43,6 +46,7 @@ def students_files(project):
             files[path] = data
     files["course/sealed"] = zlib.compress(json.dumps(sealed).encode(), 9)
     files["README.md"] = handout(project).encode()
+    answers.write(files)
     return files
 
 
@@ -53,9 +57,12 @@ def handout(project):
         names = ", ".join(f"`{split(t)[1]}` ({FILES[split(t)[0]]})" for t in e.TARGETS)
         head = f"## {e.number}. {e.TITLE}\n\n*{e.POINTS} points, about {e.MINUTES} minutes. To be written: {names}.*"
         exercises.append(f"{head}\n\n```text\n{e.text}\n```\n")
-    total = sum(e.POINTS for e in project.exercises), sum(e.MINUTES for e in project.exercises)
+    words = {"COUNT": len(project.exercises), "POINTS": sum(e.POINTS for e in project.exercises)}
+    words |= {"HOURS": f"{sum(e.MINUTES for e in project.exercises) / 60:.2g}", "EXERCISES": "\n".join(exercises)}
     text = (HERE / "handout.md").read_text("utf-8")
-    return text.replace("POINTS", str(total[0])).replace("HOURS", f"{total[1] / 60:g}") + "\n" + "\n".join(exercises)
+    for word, value in words.items():
+        text = text.replace(word, str(value))
+    return text
 
 
 def cut_autograder(project, target):

@@ -2,15 +2,20 @@
 
 For each exercise and seed: the reference passes; other right answers pass; every known mistake fails the check that is
 to catch it, and is told its own misconception; every small mechanical change of the reference fails, or is declared to
-change nothing, with the reason; and every check catches something.
+change nothing, with the reason; and every check catches something. So are five kinds of bad conduct, put into the
+reference: what is cut from the gradient, of another type, on the CPU; an argument or a setting that is changed.
 """
 
 import ast
 import copy
 import time
+from collections import Counter
 
-from checks import Raised
-from cutting import Answer, parsed, source_of
+import torch
+from torch.utils._pytree import tree_map_only
+
+from checks import SECONDS, Raised, value_of
+from cutting import Answer, parsed, source_of, split
 
 SWAPS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Lt: ast.LtE, ast.Gt: ast.GtE,
@@ -52,6 +57,87 @@ def mutants(source):
             yield "  ->  ".join(lines[0]) if lines else "?", tree
 
 
+# ---------------------------------------------------------------------------------------------------------- bad conduct
+MADE = []  # not empty: a fault was really made, in a tensor that has a gradient, or is on another device, and so on
+SET = [
+    lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+    lambda: torch.manual_seed(9), lambda: torch.set_grad_enabled(False),
+]  # fmt: skip
+
+
+def put(value, where, change):
+    """A value, with its tensors changed for which `where` holds."""
+    return tree_map_only(torch.Tensor, lambda t: [change(t), MADE.append(1)][0] if where(t) else t, value)
+
+
+def cut(value):
+    return put(value, lambda t: t.requires_grad, lambda t: t.detach())
+
+
+def double(value):
+    return put(value, lambda t: t.is_floating_point() and t.dtype != torch.float64, lambda t: t.double())
+
+
+def to_cpu(value):
+    return put(value, lambda t: t.is_meta and t.ndim, lambda t: t.cpu())
+
+
+def spoil(result, value):
+    """Changes an argument in place, after the result is computed: a tensor, a list or dict, or one in an object."""
+    if hasattr(value, "__dict__") and not isinstance(value, torch.Tensor):
+        inside = value.parameters() if isinstance(value, torch.nn.Module) else vars(value).values()
+        value = next((v for v in inside if isinstance(v, (torch.Tensor, dict))), None)
+    if isinstance(value, torch.Tensor) and not value.is_meta:
+        MADE.append(value.detach().add_(1))
+    elif isinstance(value, (dict, list)) and value:
+        MADE.append(value.popitem() if isinstance(value, dict) else value.pop())
+    return result
+
+
+def badly(source):
+    """The text of a function -> (kind, what has changed, its tree) for each place where its conduct can be made bad."""
+    original, proof = parsed(source), "__import__('proof')."
+    bound = {n.id for n in ast.walk(original) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    for i, node in enumerate(ast.walk(original)):
+        if not isinstance(node, (ast.Assign, ast.Return)) or node.value is None:
+            continue
+        wraps = [("gradient", "cut({})"), ("device", "to_cpu({})")]
+        if isinstance(node, ast.Return):
+            wraps += [("argument", f"spoil({{}}, {a.arg})") for a in original.args.args if a.arg not in bound]
+        if isinstance(node, ast.Return) or isinstance(node.targets[0], ast.Attribute):
+            wraps.append(("type", "double({})"))
+        for kind, wrap in wraps:
+            tree = copy.deepcopy(original)
+            place = list(ast.walk(tree))[i]
+            place.value = ast.parse(proof + wrap.format(ast.unparse(place.value)), mode="eval").body
+            yield kind, ast.unparse(place).replace(proof, ""), tree
+    for k in range(len(SET) - bool(original.decorator_list)):  # no_grad puts back what the last one sets
+        tree = copy.deepcopy(original)
+        tree.body.insert(0, ast.parse(f"{proof}MADE.append({proof}SET[{k}]())").body[0])
+        yield "setting", f"SET[{k}]", tree
+
+
+def prove_conduct(course, exercise, seed):
+    """Yields (target, kind, what has changed, whether it was caught, whether it was told) for each real fault."""
+    for target in exercise.TARGETS:
+        checks, name = [exercise.checks[f"{what} of {target}"] for what in ("changes", "conduct")], split(target)[1]
+        right = [s for s in checks[1].rights[seed] if s]
+        can = {
+            "gradient": name not in exercise.UNTRAINED and any(s["gradients"] for s in right),
+            "device": any("meta" in s["devices"].values() for s in right),
+            "SET[2]": not any(s["settings"] for s in right),  # else the function is to draw numbers
+        }
+        for kind, what, tree in badly(source_of(target, course.texts)):
+            MADE.clear()
+            if can.get(kind, True) and can.get(what, True):
+                check = checks[kind not in checks[0].kinds]
+                value = value_of(check, course.graft({target: Answer(tree)}), seed, SECONDS)
+            if MADE:
+                told = (value.error.args or [None])[-1] if isinstance(value, Raised) else None
+                run = {} if told else course.run(exercise, {target: Answer(tree)}, seed)
+                yield target, kind, what, told or any(r[0] for r in run.values()), told == kind
+
+
 def prove(course, exercise, seed):
     """-> a row of the table, and its "problems": sentences; none if all is proven"""
     start, problems, useful, caught, named_right = time.process_time(), [], set(), 0, 0
@@ -79,7 +165,7 @@ def prove(course, exercise, seed):
         named_right += named is mistake
         if named is not mistake:
             problems.append(f"mistake {mistake['name']!r} is told what is wrong with {named and named['name']!r}")
-    count, equivalent = 0, set()
+    count, kinds, equivalent = 0, Counter(), set()
     for target in exercise.TARGETS:
         for what, node in mutants(source_of(target, course.texts)):
             count += 1
@@ -92,13 +178,22 @@ def prove(course, exercise, seed):
                 problems.append(f"a mutant of {target} survives: {what}")
             elif what in exercise.equivalent:
                 problems.append(f"declared to change nothing, and fails {failed[0]}: {what}")
+    for target, kind, what, found, by_kind in prove_conduct(course, exercise, seed):
+        kinds[kind] += 1
+        kinds["named"] += by_kind
+        if what in exercise.equivalent and not found:
+            equivalent.add(what)
+        elif not found:
+            problems.append(f"bad conduct of {target} survives, {kind}: {what}")
     problems += [
         f"no mutant is {what!r}, which is declared to change nothing"
         for what in exercise.equivalent.keys() - equivalent
     ]
-    problems += [f"the check {name} catches nothing" for name in exercise.checks.keys() - useful]
+    problems += [
+        f"the check {name} catches nothing" for name, f in exercise.checks.items() if not f.kinds and name not in useful
+    ]
     return {
         "checks": len(exercise.checks), "mistakes": len(exercise.mistakes), "right": len(exercise.right),
-        "mutants": count, "equivalent": len(equivalent), "caught": caught, "named": named_right,
+        "mutants": count, "kinds": kinds, "equivalent": len(equivalent), "caught": caught, "named": named_right,
         "problems": problems, "of_checks": of_checks,
     }  # fmt: skip

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SEALED = HERE / "sealed"  # where `cut` made the folder: reference and banks, packed so that nobody reads by chance
 PARSING = threading.Lock()  # Python 3.11's ast.parse fails now and then where two threads parse at once
-WALL_SECONDS, PICTURE_SECONDS = 120, 240  # for a loop that the child's own limit does not reach, or sleep()
+WALL_SECONDS = 120  # for a loop that the child's own limit does not reach, or sleep()
 # Of emoji/, what exercises, sample.py and train.py read.
 EMOJI = [
     "captions.txt", "evaluate.py", "model_index.json", "prompts.txt", "pytorch_lora_weights.safetensors", "renders.png",
@@ -63,7 +64,7 @@ def student_files(folder):
     for module, file in FILES.items():
         path = next((p for p in (folder / file, folder / Path(file).name) if p.is_file()), None)
         if path:
-            paths[module], texts[module] = str(path), path.read_bytes().decode("utf-8", "replace")
+            paths[module], texts[module] = str(path), path.read_bytes().decode("utf-8-sig", "replace")
     if not texts:
         raise UserError(f"{folder} holds none of the course's files, such as hipa.py")
     return paths, texts
@@ -75,7 +76,7 @@ class Result:
     state     {target: "right", "wrong" or "empty"}
     checks    [[target, name, why, None if right, else what is wrong]]
     hints     {target: a sentence}
-    problems  {target: a sentence}, of what could not be read
+    problems  {target: a sentence}, of what could not be read, or ended the process
     failed    why nothing could be judged, or None
     """
 
@@ -85,10 +86,11 @@ class Result:
         self.state = {target: "wrong" if a else "empty" for target, a in written.items()}
 
     def take(self, event):
-        self.checks, self.hints, self.printed = event["checks"], event["hints"], event["printed"]
-        for target in {c[0] for c in self.checks}:
-            # A function's points come only with all of its checks.
-            self.state[target] = "wrong" if any(c[3] for c in self.checks if c[0] == target) else "right"
+        """What was found of one function."""
+        self.checks, self.printed = self.checks + event["checks"], self.printed + event["printed"]
+        self.hints[event["done"]] = event["hint"]
+        # A function's points come only with all of its checks.
+        self.state[event["done"]] = "wrong" if any(c[3] for c in event["checks"]) else "right"
 
     @property
     def points(self):
@@ -101,20 +103,27 @@ class Result:
 
 
 def check(project, exercise, paths, texts, seed=0):
-    """Checks one exercise of a student's files -> Result. Whatever the student's code does, there is one."""
+    """Checks one exercise of a student's files -> Result. Whatever the student's code does, there is one.
+
+    A function that ends the process, or is waited for in vain, costs itself: the remaining ones are run again.
+    """
     with PARSING:
         written = answers(exercise, texts, project.texts)
-    result = Result(exercise, written)
-    if len(result.problems) + sum(a is None for a in written.values()) == len(written):
-        return result
-    events, failed = ask(project, exercise, paths, texts, seed)
-    if events and "checks" in events[-1]:
-        result.take(events[-1])
-        return result
-    result.failed = failed
-    begun = [event["begun"] for event in events if "begun" in event]
-    if begun:
-        result.failed += f"\nThis happened while it was checked: {begun[-1]}"
+    result, end = Result(exercise, written), time.monotonic() + 2 * WALL_SECONDS
+    left = [target for target, a in written.items() if a and target not in result.problems]
+    while left:
+        events, failed = ask(project, exercise, paths, texts, seed, left, min(WALL_SECONDS, end - time.monotonic()))
+        done = [event["done"] for event in events if "checks" in event]
+        for event in events:
+            if "checks" in event:
+                result.take(event)
+        left = [target for target in left if target not in done]
+        if left:
+            last = next((e for e in reversed(events) if e.get("begun") in left), {"begun": left[0]})
+            late = left if time.monotonic() > end - 1 else [last["begun"]]
+            why = f"{failed}\nThis happened while it was checked: {last['why']}" if "why" in last else failed
+            result.problems |= dict.fromkeys(late, why)
+            left = [target for target in left if target not in late]
     return result
 
 
@@ -135,17 +144,26 @@ def check_all(project, some, paths, texts, seed=0):
 
 def picture(project, exercise, paths, texts):
     """-> {"png": base64, "words", "printed"}. Raises UserError."""
-    events, failed = ask(project, exercise, paths, texts, 0, picture=True)
+    events, failed = ask(project, exercise, paths, texts, 0)
     failed = events[-1].get("failed") if events and "printed" in events[-1] else failed
     if failed:
         raise UserError(failed.replace("\n", "; "))
     return events[-1]
 
 
-def ask(project, exercise, paths, texts, seed, picture=False):
-    """Runs child.py for an exercise -> its events, and in words how it ended if it did not answer."""
-    request = {"exercise": exercise.number, "paths": paths, "texts": texts, "seed": seed, "picture": picture}
-    return run_child(project, "child.py", request, PICTURE_SECONDS if picture else WALL_SECONDS)
+def ask(project, exercise, paths, texts, seed, only=None, seconds=WALL_SECONDS):
+    """Runs child.py for an exercise, or its picture -> its events, and in words how it ended if it did not answer."""
+    request = {"exercise": exercise.number, "paths": paths, "texts": texts, "seed": seed, "only": only}
+    return run_child(project, "child.py", request, seconds)
+
+
+def plain(value):
+    """An event with its escape codes as text: what a student's code prints must not steer a terminal."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in value)
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def run_child(project, script, request, seconds):
@@ -164,11 +182,11 @@ def run_child(project, script, request, seconds):
     events = []
     for line in out.decode("utf-8", "replace").splitlines():
         try:
-            events.append(json.loads(line))
+            events.append(plain(json.loads(line)))
         except ValueError:
             continue
     if timed_out:
-        return events, f"stopped after {seconds} seconds: is there a loop that never ends, or a sleep?"
+        return events, f"stopped after {seconds:.0f} seconds: is there a loop that never ends, or a sleep?"
     if not events:
         last = err.decode("utf-8", "replace").strip().splitlines() or [f"exit code {child.returncode}"]
         hint = "; pip install -r requirements.txt" if "ModuleNotFoundError" in last[-1] else ""

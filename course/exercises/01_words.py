@@ -56,7 +56,7 @@ def again(m, g):
 
 @check(B, "a pair is merged wherever it stands, from left to right, and no piece is used twice")
 def everywhere(m, g):
-    return tokens(m, ["abcabd", "a b", "ab c"], ["aaaab", "a a"], ["aaab", "a a", "a b</w>"])
+    return tokens(m, ["abcabd", "a b", "ab c"], ["aaaab", "a a"], ["aaab", "a a", "a b</w>"], ["ababx", "ab a", "a b"])
 
 
 @check(B, "the end of a word is another piece than its middle")

@@ -69,6 +69,15 @@ def itself(m, g):
     return layer(m, g, context=12)(x, x)
 
 
+@check(TARGETS[0], "half precision goes in, half precision comes out")
+def half(m, g):
+    net, (x, context) = layer(m, g).to(torch.bfloat16), inputs(g)
+    out = net(x.bfloat16(), context.bfloat16())
+    if out.dtype != torch.bfloat16:
+        raise Wrong(f"x, the context and the layers are bfloat16, and your result is {out.dtype}")
+    return True
+
+
 @check(TARGETS[0], "neither the order of the tokens counts, nor the other pictures of the batch")
 def order(m, g):
     net, (x, context) = layer(m, g), inputs(g)
@@ -113,7 +122,9 @@ def show(m):
         tiles.append(Image.fromarray((each * 255).byte().numpy()).convert("RGB").resize((128, 128), 0))
     sheet = m.sample.grid(tiles, columns=len(tiles))
     for k, word in enumerate(words):
-        ImageDraw.Draw(sheet).text((128 * (k + 1) + 4, 2), word, fill="#ff4040")
+        draw, x = ImageDraw.Draw(sheet), 128 * (k + 1)
+        draw.rectangle((x, 0, x + 7 * len(word) + 6, 14), fill="black")
+        draw.text((x + 4, 2), word, fill="white")
     return sheet, (
         "Left: a cat, drawn with your attention in every layer. Then, for each word, where it is looked at (bright).\n"
         "Which word finds the cat? Why may a word such as 'on' find it too? (Its state has seen the words before it.)"

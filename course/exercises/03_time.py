@@ -54,24 +54,6 @@ def shift(m, g):
     return True
 
 
-@check(EMBED, "all is made on the timesteps' device, which may be a GPU")
-def device(m, g):
-    """With tensors of the device "meta", which do not mix with the CPU's, as a GPU's do not, but have no values."""
-    try:  # first the cheap way: the default device is "meta", and the timesteps are on the CPU
-        with torch.device("meta"):
-            if m.unet.sinusoidal_embedding(torch.tensor([3, 500], device="cpu"), 8).device.type == "cpu":
-                return True
-    except RuntimeError:
-        pass  # it may have made something elsewhere, to move it to the timesteps; so also the other way round
-    try:
-        right = m.unet.sinusoidal_embedding(torch.tensor([3, 500], device="meta"), 8).device.type == "meta"
-    except (RuntimeError, TypeError) as error:
-        right = "expected device" not in str(error)  # else it reads the timesteps' values, and may be right
-    if not right:
-        raise Wrong("the timesteps are on another device than the CPU, and something of your embedding is on the CPU")
-    return True
-
-
 def block(m, g, c_in=8, c_out=12):
     net = m.unet.ResnetBlock(c_in, c_out, 6, 4).requires_grad_(False)
     for p in net.parameters():
@@ -83,20 +65,6 @@ def block(m, g, c_in=8, c_out=12):
 def result(m, g):
     cases = {"from 8 to 12 channels": block(m, g), "from 8 to 8 channels": block(m, g, 8, 8)}
     return {name: net(x, t) for name, (net, x, t) in cases.items()}
-
-
-@check(BLOCK, "x and the time are left as they were")
-def untouched(m, g):
-    net, x, t = block(m, g, 8, 8)
-    before, before_t = x.clone(), t.clone()
-    net(x, t)
-    if not torch.equal(x, before):
-        raise Wrong(
-            f"your forward changes x, by up to {(x - before).abs().max():.2g}; the way up of the UNet reads it again"
-        )
-    if not torch.equal(t, before_t):
-        raise Wrong("your forward changes time_emb; every other block reads it too")
-    return True
 
 
 @check(BLOCK, "another timestep gives another result, and each picture has its own")

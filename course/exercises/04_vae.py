@@ -24,6 +24,7 @@ TITLE = "The latent"
 MINUTES = 30
 POINTS = 7
 TARGETS = ["vae.AutoencoderKL.encode", "vae.AutoencoderKL.decode", "vae.Downsample.forward"]
+UNTRAINED = ["AutoencoderKL.encode"]
 ENCODE, DECODE, DOWN = TARGETS
 
 
@@ -32,7 +33,7 @@ def vae(m, g):
     net = m.vae.AutoencoderKL(config).requires_grad_(False)
     for p in net.parameters():
         p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.ndim > 1 else 0.5))
-    return net, torch.rand(2, 3, 8, 12, generator=g) * 2 - 1, torch.randn(2, 4, 4, 6, generator=g)
+    return net, torch.rand(2, 3, 8, 12, generator=g) * 3 - 1.5, torch.randn(2, 4, 4, 6, generator=g)
 
 
 @check(ENCODE, "the mean, scaled, the same every time")
@@ -54,23 +55,6 @@ def back(m, g):
     error = (net.decode(net.moments(picture)[0] * 0.3) - net.moments(picture)[0]).abs().max()
     if not error < 1e-4:
         raise Wrong(f"self.post_quant_conv and self.decoder are given a latent that is {error:.2g} off the mean")
-    return True
-
-
-@check(DECODE, "gradients reach the latent, also from pixels beyond [-1, 1]")
-def gradient(m, g):
-    net, _, latent = vae(m, g)
-    net.decode(latent.requires_grad_()).sum().backward()
-    return latent.grad
-
-
-@check(DECODE, "the latent is left as it was")
-def untouched(m, g):
-    net, _, latent = vae(m, g)
-    before = latent.clone()
-    net.decode(latent)
-    if not torch.equal(latent, before):
-        raise Wrong(f"your decode changes the latent, by up to {(latent - before).abs().max():.2g}")
     return True
 
 

@@ -3,9 +3,8 @@ sum, x_t = alpha_t x0 + sigma_t noise, where x0 is the clean latent and alpha_t^
 nearly clean, at t = 999 nearly pure noise, and its variance is 1 throughout (latents have variance 1).
 
 Schedule.__post_init__(), in hipa.py: sets self.alphas_cumprod, float32, one number for each of the
-self.num_train_timesteps timesteps. It is alpha_t^2. Each timestep takes a share beta of the picture's variance
-(alpha_t^2) away, so alphas_cumprod is the running product of (1 - beta). Stable Diffusion's betas run from
-self.beta_start to self.beta_end, and are equally spaced in their SQUARE ROOTS.
+self.num_train_timesteps timesteps. It is alpha_t^2. Timestep t multiplies what is left of alpha^2 by (1 - beta_t).
+Stable Diffusion's betas run from self.beta_start to self.beta_end, and are equally spaced in their SQUARE ROOTS.
 
 Schedule.add_noise(x0, timestep, noise), in hipa.py: x_t. self.alpha_sigma(timestep) gives both weights, for an int
 or for timesteps (B,), one for each picture. x0 and noise themselves must stay as they are, for the caller reads
@@ -21,12 +20,13 @@ import dataclasses
 import torch
 
 from checks import Wrong, check
-from drawing import sheet
+from drawing import real, sheet
 
 TITLE = "Noise, and the way back"
 MINUTES = 35
 POINTS = 9
 TARGETS = ["hipa.Schedule.__post_init__", "hipa.Schedule.add_noise", "hipa.Schedule.predict_x0"]
+UNTRAINED = ["Schedule.add_noise"]
 POST, ADD, BACK = TARGETS
 
 
@@ -45,11 +45,6 @@ def alphas(m, g):
     return {"Stable Diffusion's betas": schedule(m).alphas_cumprod, "other betas": other.alphas_cumprod}
 
 
-@check(POST, "it is float32")
-def precision(m, g):
-    return str(schedule(m).alphas_cumprod.dtype)
-
-
 @check(POST, "it falls from nearly 1 to nearly 0: it should be 0.9991 at t = 0, 0.00466 at t = 999")
 def ends(m, g):
     a = schedule(m).alphas_cumprod
@@ -61,18 +56,6 @@ def ends(m, g):
             f"it does not fall from t = {k} ({a[k]:.4g}) to t = {k + 1} ({a[k + 1]:.4g}); noise only ever grows"
         )
     return {"t = 0": a[0].item(), "t = 999": a[999].item()}
-
-
-@check(ADD, "x0 and the noise are left as they were")
-def untouched(m, g):
-    x0, noise = latent(g), latent(g)
-    before, before_noise = x0.clone(), noise.clone()
-    schedule(m).add_noise(x0, 400, noise)
-    for what, now, then in (("x0", x0, before), ("the noise", noise, before_noise)):
-        if not torch.equal(now, then):
-            error = (now - then).abs().max()
-            raise Wrong(f"your add_noise changes {what}, by up to {error:.2g}; the caller reads it again")
-    return True
 
 
 @check(ADD, "x_t, with one timestep for all pictures")
@@ -128,9 +111,7 @@ def show(m):
     """Above: a cat under more and more noise. Below: what the network, looking once, takes each for, twice."""
     model, times = m.hipa.load("emoji"), [0, 200, 400, 600, 700, 800, 900, 999]
     with torch.no_grad():
-        start = m.hipa.noise([1], 4, 16, 16)
-        x0 = m.hipa.dpm_solver(m.hipa.predictor(model, ["a cat"], 2.0), start, model.schedule, 10)
-        noise = m.hipa.noise([0], 4, 16, 16)
+        x0, noise = model.encode(real(m, "a cat")), m.hipa.noise([0], 4, 16, 16)
         noisy = torch.cat([model.schedule.add_noise(x0, t, noise) for t in times])
         t = torch.tensor(times)
         v = model.unet(noisy, t, model.encode_text(["a cat"] * len(times)))
@@ -140,7 +121,7 @@ def show(m):
         from_noise = by_noise.predict_x0(noisy, t, sigma * noisy + alpha * v)
         pictures = model.decode(torch.cat([noisy, from_v, from_noise]))
     return sheet(m, pictures, columns=len(times)), (
-        f"Above: a cat after your add_noise, at t = {times}.\n"
+        f"Above: a real cat after your add_noise, at t = {times}.\n"
         'Of each the network, told "a cat", predicts v. In the middle: your predict_x0 of v. Below: your predict_x0\n'
         "of the noise that this v means; if both branches are right, these are the same pictures.\n"
         f"At t = 999 an error in the noise counts {(sigma / alpha)[-1].item():.1f} times in x0, one in v "

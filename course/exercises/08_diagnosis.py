@@ -8,13 +8,14 @@ ON the circle goes too. H and W may be odd, and different.
 
 sobel(x), in losses.py: (B, C, H, W) -> same shape, the strength of edges: for each channel by itself, the length of
 the gradient by Sobel's two kernels, [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]] / 4 and its transpose. At the border the
-outermost pixels are repeated. A step from 0 to 1 gives 1. Add 1e-8 under the root.
+outermost pixels are repeated. A step from 0 to 1 gives 1. Add 1e-8 under the root. Both make what they need on x's
+device.
 
 radial_power(pictures), in emoji/evaluate.py: (B, 3, H, H) in [-1, 1] -> H/2 + 1 numbers, the power at 0, 1, ... H/2
 cycles per picture. Clamp to [-1, 1] and take the mean over the colours; subtract each picture's mean; multiply by
 torch.hann_window(H, periodic=False) in both directions; torch.fft.fft2; square of the absolute value; mean over the
-pictures. Then the mean over each ring: the frequencies whose distance from zero, in cycles per picture, rounds to
-it.
+pictures. Number k is the mean power where the distance from zero, in cycles per picture, rounds to k; the corners
+beyond H/2 are dropped.
 """
 
 import math
@@ -25,9 +26,10 @@ from checks import Wrong, check
 from drawing import adaptors, plot, sheet, stack
 
 TITLE = "The diagnosis"
-MINUTES = 45
+MINUTES = 60
 POINTS = 10
 TARGETS = ["losses.high_pass", "losses.sobel", "evaluate.radial_power"]
+UNTRAINED = ["radial_power"]
 HIGH, SOBEL, POWER = TARGETS
 
 
@@ -60,15 +62,12 @@ def waves(m, g):
 @check(HIGH, "the values, for sizes that are odd and not square")
 def high(m, g):
     sizes = (15, 22), (16, 9), (12, 12)
-    return {f"{h} x {w} pixels": m.losses.high_pass(torch.rand(2, 3, h, w, generator=g), 0.4) for h, w in sizes}
+    return {f"{h} x {w} pixels": m.losses.high_pass(torch.rand(2, 3, h, w, generator=g), 0.45) for h, w in sizes}
 
 
 @check(HIGH, "pictures in half precision give float32")
 def half(m, g):
-    out = m.losses.high_pass(torch.rand(1, 3, 8, 8, generator=g).half(), 0.4)
-    if out.dtype != torch.float32:
-        raise Wrong(f"your result is {out.dtype}; right is torch.float32")
-    return out
+    return m.losses.high_pass(torch.rand(1, 3, 8, 8, generator=g).half(), 0.4)
 
 
 @check(SOBEL, "a step from 0 to 1 gives 1, across and down; a flat picture gives 0, at the border too")

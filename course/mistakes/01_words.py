@@ -24,6 +24,9 @@ MISTAKES = [
      "says": "You mark the first character. The mark says where a word ENDS."},
     {"name": "overlapping", "caught": "everywhere", "code": {B: [("                i += 2\n", "                i += 1\n")]},
      "says": "After a merge you go on one place too early, so that a piece is used twice. What has 'aaa' become of?"},
+    {"name": "one occurrence a round", "caught": "everywhere",
+     "code": {B: [("if tuple(parts[i : i + 2]) == pair:", "if tuple(parts[i : i + 2]) == pair and len(merged) == i:")]},
+     "says": "You merge a pair where it stands first, and look for the lowest rank at once. When is a round over?"},
     {"name": "longest piece first", "caught": "best_first",
      "code": {B: [(MIN, "max(zip(parts, parts[1:]), key=lambda p: (p in self.ranks, len(p[0] + p[1])))")]},
      "says": "You prefer the longest piece, as another method (WordPiece) does. What does BPE know of its pairs besides "

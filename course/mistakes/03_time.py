@@ -39,9 +39,6 @@ MISTAKES = [
     {"name": "exponent doubled", "caught": "values", "code": {E: [("/ half)", "* 2 / half)")]},
      "says": "Your exponents are twice as large: the last frequency is nearly 10000^-2. Two forms of the formula are mixed: "
              "where k is divided by dim / 2, by what would 2k be divided?"},
-    {"name": "always on the CPU", "caught": "device", "code": {E: [("device=timestep.device, ", "")]},
-     "says": "Your frequencies are made on the CPU, wherever the timesteps are. What do torch.arange and its like take besides "
-             "the numbers?"},
     {"name": "no residual", "caught": "result", "code": code(end="h"),
      "says": "There is no way around the block in yours. What would a block with all weights 0 give, and what should it?"},
     {"name": "x for the shortcut", "caught": "result", "code": code(end="h + x if h.shape == x.shape else h"),
@@ -58,8 +55,6 @@ MISTAKES = [
      "says": "There is no SiLU between norm and convolution. What are two linear layers in a row worth?"},
     {"name": "shortcut of h", "caught": "result", "code": code(end="h + self.conv_shortcut(F.silu(self.norm1(x)))"),
      "says": "Your shortcut takes what norm and SiLU made of x. What is it to take, so that the block can leave x as it is?"},
-    {"name": "SiLU in place on x", "caught": "untouched", "code": code(end="h + self.conv_shortcut(x.mul_(1.0001))"),
-     "says": "Something in your forward works in place on x itself: which of your lines ends in _ or says inplace?"},
     {"name": "time multiplied", "caught": "result", "code": code(time=f"h = h * {TIME}"),
      "says": "You multiply by the time. Other networks do; what does this block do with it?"},
     {"name": "no second norm", "caught": "result", "code": code(second="self.conv2(F.silu(h))"),

@@ -25,8 +25,6 @@ MISTAKES = [
     {"name": "shifted by one", "caught": "ends", "code": {POST: [(PRODUCT, f"F.pad({PRODUCT}[:-1], (1, 0), value=1.0)")]},
      "says": "Each value of yours comes a timestep late: at t = 0 it is 1, as if nothing had been taken away yet. How many "
              "factors has the product at t = 0?"},
-    {"name": "in place", "caught": "untouched", "code": {ADD: [(SUM, "x0.mul_(alpha).add_(sigma * noise)")]},
-     "says": "You write x_t over x0, in place: which of your calls ends in _, or assigns with *= or +=?"},
     {"name": "alpha and sigma exchanged", "caught": "one_timestep", "code": {ADD: [(SUM, "sigma * x0 + alpha * noise")]},
      "says": "alpha and sigma are exchanged: in yours the picture is clean at t = 999 and noise at t = 0."},
     {"name": "noise on top", "caught": "variance", "code": {ADD: [(SUM, "x0 + sigma * noise")]},
@@ -62,8 +60,6 @@ MISTAKES = [
     {"name": "one timestep too many", "caught": "alphas",
      "code": {POST: [("num_train_timesteps, dtype", "num_train_timesteps + 1, dtype"), (PRODUCT, PRODUCT + "[:-1]")]},
      "says": "Your betas end one step too late: the last of the timesteps has not quite beta_end."},
-    {"name": "double precision", "caught": "precision", "code": {POST: [(PRODUCT, "torch.cumprod(1 - betas.double(), dim=0)")]},
-     "says": "alphas_cumprod is in double precision, and so would be all latents that it is multiplied with."},
 ]  # fmt: skip
 RIGHT = [
     {"name": "loop", "code": {POST: """

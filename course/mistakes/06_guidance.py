@@ -64,12 +64,14 @@ def predictor(model, prompts, guidance=1.0, negative=""):
     states = model.encode_text(texts)
     def ask(x, timestep):
         k = len(texts) // len(x)
-        t = torch.as_tensor(timestep)
+        t = torch.as_tensor(timestep, device=x.device)
         t = t.repeat(len(x)) if t.ndim == 0 else t
         answer = model.unet(x.repeat(k, 1, 1, 1).to(model.dtype), t.repeat(k), states).float()
         views = [model.schedule.predict_x0(x, timestep, a) for a in answer.split(len(x))]
         return views[0] if k == 1 else torch.lerp(views[0], views[1], guidance)
     return ask
 """}},
+    {"name": "the texts encoded apart", "code": {P: [
+        (BOTH, "torch.cat([model.encode_text(t) for t in ([[negative] * len(prompts)] if guided else []) + [list(prompts)]])")]}},
     {"name": "other order of terms", "code": {P: [(MIX, "guidance * with_text + (1 - guidance) * without")]}},
 ]  # fmt: skip

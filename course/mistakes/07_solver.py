@@ -34,12 +34,10 @@ MISTAKES = [
     {"name": "memory of the first step", "caught": "second_order",
      "code": {S: [("previous = x0, lam", "previous = previous or (x0, lam)")]},
      "says": "You remember the first step for ever. Through which two predictions is the straight line?"},
-    {"name": "x0 changed in place", "caught": "untouched",
+    {"name": "x0 changed in place", "caught": "second_order",
      "code": {S: [(D, "x0.add_((x0 - x0_before) * h / (2 * (lam - lam_before)))")]},
      "says": "You change x0 in place (as += does, also under another name). The next step needs this prediction: what is in it "
              "by then?"},
-    {"name": "x changed in place", "caught": "untouched", "code": {S: [("sigma_next / sigma * x -", "x.mul_(sigma_next / sigma) -")]},
-     "says": "You change x in place (as *= does). The caller has the same tensor: what does it hold after your step?"},
     {"name": "exp for exp - 1", "caught": "first_order", "code": {S: [("torch.expm1(-h)", "torch.exp(-h)")]},
      "says": "Try a step of length h = 0: it must leave x as it is. What does your formula give?"},
     {"name": "sign of h", "caught": "first_order", "code": {S: [("h = lam_next - lam", "h = lam - lam_next")]},
@@ -67,6 +65,8 @@ MISTAKES = [
     {"name": "asked at the next timestep", "caught": "asked",
      "code": {S: [("predict_x0(x, t)", "predict_x0(x, t if t_next is None else t_next)")]},
      "says": "You tell the network the timestep to come. How noisy is the x that it is given?"},
+    {"name": "timesteps in a tensor", "caught": "asked", "code": {S: [("predict_x0(x, t)", "predict_x0(x, torch.tensor(t))")]},
+     "says": "You hand the timestep on in a tensor. The network's function takes an int, or a tensor (B,): which did you get?"},
     {"name": "from 0 up", "caught": "asked", "code": {S: [(TIMESTEPS, TIMESTEPS + "[::-1]")]},
      "says": "You go from little noise to much. With what does sampling begin?"},
     {"name": "the first timestep ignored", "caught": "many", "code": {S: [(TIMESTEPS, "schedule.timesteps(steps)")]},
@@ -89,5 +89,6 @@ def dpm_solver(predict_x0, x, schedule, steps, first=None):
         x, old = later[0] * d + later[1] * (x - now[0] * d) / now[1], (x0, l0)
     return predict_x0(x, ts[-1])
 """}},
+    {"name": "None at the end of the list", "code": {S: [(TIMESTEPS, TIMESTEPS + " + [None]"), ("[*timesteps[1:], None]", "timesteps[1:]")]}},
     {"name": "Python's own numbers", "code": {S: [("torch.expm1(-h)", "math.expm1(-h)")]}},
 ]  # fmt: skip

@@ -81,7 +81,7 @@ MISTAKES = [
 RIGHT = [
     {"name": "full fft", "code": {H: """
 def high_pass(x, radius):
-    fy, fx = torch.fft.fftfreq(x.shape[2], 0.5), torch.fft.fftfreq(x.shape[3], 0.5)
+    fy, fx = (torch.fft.fftfreq(n, 0.5, device=x.device) for n in x.shape[2:])
     keep = (fy[:, None] ** 2 + fx[None] ** 2) > radius**2
     return torch.fft.ifft2(torch.fft.fft2(x.float()) * keep).real
 """}},

@@ -1,60 +1,32 @@
 """Wrong and other right answers to exercise 9."""
 
-L, C, D = "lora.LoRALinear.forward", "lora.LoRAConv2d.forward", "lora.delta"
-ADD, ADDC = "y + F.linear(F.linear(x, A), B)", "y + F.conv2d(F.conv2d(x, A, None, self.stride, self.padding), B)"
+L, T, N, D, M = "lora.LoRALinear.forward", "lora.Adapted.adapt", "lora.add_lora", "lora.delta", "lora.merge"
+ADD = "y + F.linear(F.linear(x, A), B)"
 CAST = "A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)"
 SUM = 'torch.einsum("or,r...->o...", B.flatten(1).float(), A.float())'
 CUT = "A, B = self.lora_A.weight.data.to(x.dtype), self.lora_B.weight.data.to(x.dtype)"
+INIT, ZERO = "nn.init.kaiming_uniform_(A.weight, a=5**0.5)", "nn.init.zeros_(B.weight)"
+ENDS, BACK = "path.endswith(targets)", "return [factor for pair in factors(net).values() for factor in pair]"
+CLASS = "module.__class__ = kinds[type(module)]"
+TOTAL = "base[path].float() + weight * delta(A, B).to(base[path].device)"
+REFUSE = '        if base[path].shape != shape or A.shape[0] != B.shape[1]:\n            raise ValueError(f"the adaptors are for another network: {path} is {shape} there")\n'
 MISTAKES = [
     {"name": "base lost", "caught": "beside", "code": {L: [(ADD, "F.linear(F.linear(x, A), B)")]},
      "says": "The layer's own result is missing. With B = 0, as at the beginning of training, what would yours give?"},
-    {"name": "on top of the result", "caught": "beside", "code": {L: [(ADD, "y + F.linear(F.linear(x, A), B) * y")]},
-     "says": "You multiply the adaptor's result with the layer's own. What stands between W x and B A x in the formula?"},
     {"name": "always on", "caught": "switch", "code": {L: [("if not self.enabled:", "if False:")]},
      "says": "self.enabled has no effect. Where would the teacher be, if the adaptor cannot be switched off?"},
     {"name": "never on", "caught": "beside", "code": {L: [("if not self.enabled:", "if True:")]},
      "says": "Your result is always the layer's own: the adaptor is never used."},
-    {"name": "upside down switch", "caught": "beside", "code": {L: [("if not self.enabled:", "if self.enabled:")]},
-     "says": "The switch is upside down: the adaptor works when it is off."},
     {"name": "divided by the rank", "caught": "beside", "code": {L: [(ADD, "y + F.linear(F.linear(x, A), B) / A.shape[0]")]},
      "says": "You divide by the rank. In this project that factor is part of B already, when a file is read."},
-    {"name": "no gradient", "caught": "gradients", "code": {L: [(CAST, CUT)]},
+    {"name": "no gradient", "caught": "conduct of lora.LoRALinear.forward", "code": {L: [(CAST, CUT)]},
      "says": "A and B get no gradient: .data and detach() cut them off."},
-    {"name": "base with gradient only", "caught": "gradients",
-     "code": {L: [(ADD, "y + F.linear(F.linear(x, A).detach(), B)")]},
-     "says": "A gets no gradient: something between A and the result is cut off."},
     {"name": "not cast", "caught": "half", "code": {L: [(CAST, "A, B = self.lora_A.weight, self.lora_B.weight")]},
      "says": "x is in half precision here, A and B are float32, and torch multiplies only equal types. What has the result to be?"},
-    {"name": "converted for good", "caught": "half",
+    {"name": "converted for good", "caught": "changes of lora.LoRALinear.forward",
      "code": {L: [(CAST, "A, B = self.lora_A.to(x.dtype).weight, self.lora_B.to(x.dtype).weight")]},
      "says": "module.to() converts the module itself, tensor.to() makes a copy. What is left of a training step's change of 0.001 "
              "to a 0.5 in bfloat16?"},
-    {"name": "no stride", "caught": "beside_conv", "code": {C: [("None, self.stride, self.padding", "None, 1, self.padding")]},
-     "says": "Your A goes over the picture with stride 1, the layer with its own. Do the two results have the same size?"},
-    {"name": "no padding", "caught": "beside_conv", "code": {C: [("None, self.stride, self.padding", "None, self.stride")]},
-     "says": "Your A does not pad x, and the layer does. Do the two results have the same size?"},
-    {"name": "neither stride nor padding", "caught": "beside_conv", "code": {C: [("None, self.stride, self.padding", "None")]},
-     "says": "Your A goes over the picture with stride 1 and no padding; the layer has its own. Do the two results have the same "
-             "size?"},
-    {"name": "padding twice", "caught": "beside_conv", "code": {C: [("self.padding), B)", "self.padding), B, None, 1, self.padding)")]},
-     "says": "You pad before B as well. How many pixels does a 1x1 kernel need around it?"},
-    {"name": "stride and padding twice", "caught": "beside_conv",
-     "code": {C: [("self.padding), B)", "self.padding), B, None, self.stride, self.padding)")]},
-     "says": "Your B has the layer's stride and padding, too. After A the picture has its size already: what may a 1x1 kernel do "
-             "to it?"},
-    {"name": "padding guessed", "caught": "beside_conv",
-     "code": {C: [("None, self.stride, self.padding", "None, self.stride, A.shape[-1] // 2")]},
-     "says": "You pad by half the kernel, whatever the layer does. Who knows how much it pads?"},
-    {"name": "conv base lost", "caught": "beside_conv", "code": {C: [(ADDC, ADDC[4:])]},
-     "says": "The convolution's own result is missing."},
-    {"name": "conv always on", "caught": "switch_conv", "code": {C: [("if not self.enabled:", "if False:")]},
-     "says": "self.enabled has no effect in the convolution. Where would the teacher be?"},
-    {"name": "conv not cast", "caught": "half_conv", "code": {C: [(CAST, "A, B = self.lora_A.weight, self.lora_B.weight")]},
-     "says": "x is in half precision here, A and B are float32, and torch multiplies only equal types."},
-    {"name": "conv converted for good", "caught": "half_conv",
-     "code": {C: [(CAST, "A, B = self.lora_A.to(x.dtype).weight, self.lora_B.to(x.dtype).weight")]},
-     "says": "module.to() converts the module itself, tensor.to() makes a copy. Of which type are the convolution's A and B when "
-             "the next training step comes?"},
     {"name": "A @ B", "caught": "product", "code": {D: [(SUM, "A.float().flatten(1) @ B.float().flatten(1)")]},
      "says": "A (rank, in) @ B (out, rank) does not fit. Which of the two matrices meets x first, and on which side does it stand "
              "then?"},
@@ -62,21 +34,46 @@ MISTAKES = [
      "code": {D: [(SUM, "B.float() @ A.float() if A.ndim == 2 else A.float().flatten(1) @ B.float().flatten(1)")]},
      "says": "For the linear layer you multiply in the right order, for the convolution the other way round. With A and B as "
              "matrices, (rank, in k k) and (out, rank), which stands on the left?"},
-    {"name": "out and in exchanged in the convolution", "caught": "product",
-     "code": {D: [("return " + SUM, "W = " + SUM + "\n    return W if W.ndim == 2 else W.transpose(0, 1)")]},
-     "says": "For the convolution yours has the shape (in, out, k, k). Which comes first in the shape of W?"},
     {"name": "A B", "caught": "product",
      "code": {D: [(SUM, "(A.float().flatten(1).T @ B.float().flatten(1).T).reshape(-1, *B.shape[:1]) if A.ndim == 2 else " + SUM)]},
      "says": "Yours has the shape (in, out). Which of the two matrices meets x first, and on which side does it stand then?"},
-    {"name": "signs lost", "caught": "product",
-     "code": {D: [(SUM, 'torch.einsum("or,r...->o...", B.flatten(1).float().abs(), A.float())')]},
-     "says": "The signs of B are lost."},
     {"name": "half precision product", "caught": "product", "code": {D: [(SUM, 'torch.einsum("or,r...->o...", B.flatten(1), A)')]},
      "says": "You multiply in the factors' own half precision, which rounds. Of which type is the result to be?"},
-    {"name": "mean over the rank", "caught": "product", "code": {D: [(SUM, SUM + " / A.shape[0]")]},
-     "says": "Yours is the mean over the rank. What is a product of matrices?"},
-    {"name": "kernel mirrored", "caught": "product", "code": {D: [(SUM, SUM + ".flip(-1)")]},
-     "says": "Your kernel is mirrored. torch's convolution does not flip kernels: does W's change need it?"},
+    {"name": "A kept", "caught": "begin", "code": {T: [(INIT, "pass")]},
+     "says": "A keeps what it held. Two students would begin with the same A, or with zeros: what is to be drawn?"},
+    {"name": "A is 0", "caught": "begin", "code": {T: [(INIT, "nn.init.zeros_(A.weight)")]},
+     "says": "A and B are both 0. The gradient of each is a product with the other: when will they grow?"},
+    {"name": "B random", "caught": "begin", "code": {T: [(ZERO, "nn.init.kaiming_uniform_(B.weight, a=5**0.5)")]},
+     "says": "B is random, so that the network is another one before it has learned anything. What must B A be at first?"},
+    {"name": "as the base", "caught": "begin", "code": {T: [("torch.float32)", "self.weight.dtype)")]},
+     "says": "A and B have the type of the base layer. What is left of a change of 0.001 to a 0.5 in bfloat16?"},
+    {"name": "left on the CPU", "caught": "home", "code": {T: [("(self.weight.device, torch.float32)", "(torch.float32)")]},
+     "says": "A and B stay on the device on which they were made. Where is the base layer?"},
+    {"name": "not frozen", "caught": "frozen", "code": {N: [("    net.requires_grad_(False)\n", "")]},
+     "says": "The base weights are still trained. What must the teacher never do?"},
+    {"name": "all frozen", "caught": "frozen", "code": {N: [(BACK, "net.requires_grad_(False)\n    " + BACK)]},
+     "says": "You freeze the net after the adaptors are in it: nothing is left to be trained."},
+    {"name": "targets anywhere", "caught": "which", "code": {N: [(ENDS, "any(target in path for target in targets)")]},
+     "says": "You adapt layers whose path CONTAINS a target, such as to_q2. Where in the path has it to stand?"},
+    {"name": "subclasses too", "caught": "which", "code": {N: [("type(module) in kinds", "isinstance(module, tuple(kinds))"), (CLASS, "module.__class__ = LoRALinear if isinstance(module, nn.Linear) else LoRAConv2d")]},
+     "says": "isinstance finds subclasses too; with another __class__ they lose what makes them what they are."},
+    {"name": "while it grows", "caught": "which", "code": {N: [("list(net.named_modules())", "net.named_modules()")]},
+     "says": "You add layers while named_modules() still walks through the net: it comes to your A and B, and adapts them too, without end."},
+    {"name": "other objects", "caught": "frozen", "code": {N: [(CLASS, "old, module = module, object.__new__(kinds[type(module)])\n            module.__dict__ = {**old.__dict__, '_modules': {}}\n            setattr(net.get_submodule(path.rpartition('.')[0]), path.rpartition('.')[2], module)")]},
+     "says": "You put new layers in the places of the old ones. Whoever holds an old layer, such as an optimizer, will miss yours: how can an "
+             "object change its class?"},
+    {"name": "weight ignored", "caught": "added", "code": {M: [("weight * delta", "delta")]},
+     "says": "`weight` has no effect on your merge."},
+    {"name": "in place", "caught": "added", "code": {M: [("base[path].data = total.to(base[path].dtype)", "base[path].data.copy_(total)")]},
+     "says": "You write into the old tensor. load() maps the checkpoint's file into memory: whose memory is it?"},
+    {"name": "rounded twice", "caught": "added", "code": {M: [(TOTAL, "base[path] + (weight * delta(A, B)).to(base[path])")]},
+     "says": "You round the change to half precision, and the sum again. In which type are both to be added?"},
+    {"name": "nothing refused", "caught": "refused", "code": {M: [(REFUSE, "        pass\n")]},
+     "says": "Adaptors of another shape are not refused. Torch stretches a 1 silently: what would the network then be?"},
+    {"name": "refused too late", "caught": "refused", "code": {M: [(REFUSE, "        pass\n"), ("        # Rounded", "        if base[path].shape != (*B.shape[:1], *A.shape[1:]) or A.shape[0] != B.shape[1]:\n            raise ValueError(path)\n        # Rounded")]},
+     "says": "You look at each pair just before you add it. What has been changed by the time that the last one does not fit?"},
+    {"name": "rank not compared", "caught": "refused", "code": {M: [(" or A.shape[0] != B.shape[1]", "")]},
+     "says": "A and B of different ranks are not refused. Which two of their sides have to be equal?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "matmul", "code": {
@@ -86,13 +83,32 @@ RIGHT = [
 def forward(self, x):
     y = F.linear(x, self.weight, self.bias)
     return y if not self.enabled else y + F.linear(x, (self.lora_B.weight @ self.lora_A.weight).to(x.dtype))
-""", C: """
-def forward(self, x):
-    y = super().forward(x)
-    if self.enabled:
-        a, b = (t.weight.to(x.dtype) for t in (self.lora_A, self.lora_B))
-        low = F.conv2d(x, a, stride=self.stride, padding=self.padding)
-        y = y + torch.einsum("or,brhw->bohw", b[:, :, 0, 0], low)
-    return y
+""", T: """
+def adapt(self, A, B):
+    n = A.weight[0].numel()
+    with torch.no_grad():
+        A.weight.copy_((2 * torch.rand(A.weight.shape) - 1) / n**0.5)
+        B.weight.mul_(0)
+    self.lora_A, self.lora_B, self.enabled = A.float().to(self.weight.device), B.float().to(self.weight.device), True
+""", N: """
+def add_lora(net, rank=16, targets=ATTENTION):
+    for p in net.parameters():
+        p.requires_grad = False
+    found = [v for k, v in net.named_modules() if targets == "all" or any(k.endswith(t) for t in targets)]
+    found = [v for v in found if type(v) is nn.Linear or type(v) is nn.Conv2d]
+    for v in found:
+        v.__class__ = LoRALinear if type(v) is nn.Linear else LoRAConv2d
+        v.add(rank)
+    return [p for v in found for p in (v.lora_A.weight, v.lora_B.weight)]
+""", M: """
+def merge(net, loras, weight=1.0):
+    news = {}
+    for path, (A, B) in loras.items():
+        W = net.get_submodule(path).weight.detach()
+        if A.shape[0] != B.shape[1] or W.shape[0] != B.shape[0] or W.shape[1:] != A.shape[1:]:
+            raise ValueError(path)
+        news[path] = (W.float() + delta(A, B).to(W.device) * weight).to(W.dtype)
+    for path, W in news.items():
+        net.get_submodule(path).weight.data = W
 """}},
 ]  # fmt: skip

@@ -22,6 +22,16 @@ MISTAKES = [
      "says": "The pictures themselves are missing in your list: their three channels count too."},
     {"name": "not centred", "caught": "apart", "code": {D: [(CENTRE, "pass")]},
      "says": "The means are still in your variances and covariance. Is the mean of a * b a covariance?"},
+    {"name": "square of the mean subtracted", "caught": "extremes", "code": {D: [(CENTRE, "pass"), (
+        "a.square().mean(2), b.square().mean(2), (a * b).mean(2)",
+        "a.square().mean(2) - mean_a.square(), b.square().mean(2) - mean_b.square(), (a * b).mean(2) - mean_a * mean_b")]},
+     "says": "Your variance is a difference of two large numbers, E[x^2] - E[x]^2, in which rounding leaves little. What is to be "
+             "squared?"},
+    {"name": "constant too small", "caught": "extremes", "code": {D: [
+        ("(2 * mean_a * mean_b + 1e-6) / (mean_a.square() + mean_b.square() + 1e-6)",
+         "(2 * mean_a * mean_b + 1e-12) / (mean_a.square() + mean_b.square() + 1e-12)"),
+        ("(2 * cov + 1e-6) / (var_a + var_b + 1e-6)", "(2 * cov + 1e-12) / (var_a + var_b + 1e-12)")]},
+     "says": "Your c is another one: in nearly flat and nearly black pictures it decides. How large was it to be?"},
     {"name": "deviations for variances", "caught": "apart",
      "code": {D: [("var_a + var_b + 1e-6", "var_a.sqrt() + var_b.sqrt() + 1e-6")]},
      "says": "structure has deviations below the line and a covariance above it. Do their units cancel?"},
@@ -69,12 +79,13 @@ MISTAKES = [
     {"name": "energy without its constant", "caught": "flat", "code": {L: [(" + 1e-6 for high", " for high")]},
      "says": "A flat picture has no energy in its high frequencies, and the logarithm of 0 is minus infinity. What keeps it "
              "finite?"},
-    {"name": "detached", "caught": "gradient", "code": {L: [("picture.float() / 2 + 0.5", "picture.detach().float() / 2 + 0.5")]},
-     "says": "No gradient gets to the picture: something cuts it off."},
+    {"name": "clamped", "caught": "ranges", "code": {L: [
+        (UNIT, "(picture.float() / 2 + 0.5).clamp(0, 1), (target.float() / 2 + 0.5).clamp(0, 1)")]},
+     "says": "You clamp the pictures. What pulls a pixel back that is brighter than white?"},
     {"name": "sobel of the high pass", "caught": "ranges",
      "code": {L: [("P(sobel(x), sobel(y))", "P(sobel(high_pass(x, self.radius)), sobel(high_pass(y, self.radius)))")]},
      "says": "You look for edges in the high pass. Of what are the edges wanted?"},
-    {"name": "half precision kept", "caught": "gradient", "code": {L: [(UNIT, "picture / 2 + 0.5, target / 2 + 0.5")]},
+    {"name": "half precision kept", "caught": "half_pictures", "code": {L: [(UNIT, "picture / 2 + 0.5, target / 2 + 0.5")]},
      "says": "Pictures in half precision stay so in yours: differences of a thousandth are lost."},
     {"name": "no squares below", "caught": "distance",
      "code": {D: [("(mean_a.square() + mean_b.square() + 1e-6)", "(mean_a + mean_b + 1e-6)")]},

@@ -1,8 +1,7 @@
 """Wrong and other right answers to exercise 11."""
 
-T, L, R, D = "hipa.adaptation_loss", "train.loss_of", "train.schedule_of_lr", "train.descend"
+T, R, D = "hipa.adaptation_loss", "train.schedule_of_lr", "train.descend"
 COS = "0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))"
-STUDENT = "hipa.student(model, batch.prompts, batch.x, batch.timesteps)"
 CLIP = "torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()"
 END = "    return loss(model.decode(predicted), picture)"
 HEAD = "    with torch.no_grad():\n        picture = model.decode(target)\n"
@@ -18,34 +17,9 @@ MISTAKES = [
      "says": "The student's picture is decoded under no_grad: by what is the student to learn?"},
     {"name": "target with gradient", "caught": "which_gradient", "code": {T: [(HEAD, "    picture = model.decode(target)\n")]},
      "says": "The target is decoded with gradients, which cost memory and time. Who needs them?"},
-    {"name": "learns the noise", "caught": "head_start", "code": {L: [("F.mse_loss(predicted, batch.x0)", "F.mse_loss(predicted, batch.x)")]},
-     "says": "You compare with x, the noise that the step began with. What is the student to predict?"},
-    {"name": "no head start", "caught": "head_start",
-     "code": {L: [("any(loss.weights.values()) and not head_start", "any(loss.weights.values())")]},
-     "says": "The pictures' terms are there in the head start, too. What was it to save?"},
-    {"name": "head start for ever", "caught": "afterwards", "code": {L: [("values()) and not head_start", "values()) and False")]},
-     "says": "The pictures' terms never come. What then looks at the high frequencies?"},
-    {"name": "the latents' weight forgotten", "caught": "afterwards", "code": {L: [("(args.latent or 1) * F.mse_loss", "F.mse_loss")]},
-     "says": "args.latent, the weight, has no effect on your term."},
-    {"name": "weight 0 in the head start", "caught": "head_start", "code": {L: [("(args.latent or 1)", "args.latent")]},
-     "says": "With args.latent = 0 your head start has a loss of 0, and learns nothing. What weight has the term then?"},
-    {"name": "latents dropped after the head start", "caught": "afterwards",
-     "code": {L: [("if args.latent or head_start:", "if head_start:")]},
-     "says": "After the head start your latents' term is gone. When is it to be left out?"},
-    {"name": "latents for ever", "caught": "afterwards", "code": {L: [("if args.latent or head_start:", "if True:")]},
-     "says": "After the head start, weight 0 means that the latents' term is left out; yours stays."},
-    {"name": "the frozen model predicts", "caught": "gradient",
-     "code": {L: [(STUDENT, STUDENT + ".detach()")]},
-     "says": "Your prediction is cut off from the student: no gradient gets to it."},
-    {"name": "always at 999", "caught": "head_start", "code": {L: [("batch.x, batch.timesteps)", "batch.x, 999)")]},
-     "says": "You always predict at t = 999. What are `timesteps` for?"},
-    {"name": "head start of half a step", "caught": "head_start", "code": {L: [("args.head_start * args.steps", "args.head_start")]},
-     "says": "args.head_start is a share, from 0 to 1, and step counts to args.steps. Which of its multiples is a step?"},
-    {"name": "head start a step too long", "caught": "afterwards", "code": {L: [("step < args", "step <= args")]},
-     "says": "Your head start is a step too long. Steps are counted from 0: which is the last one of the first 5?"},
     {"name": "no warm-up", "caught": "rates", "code": {R: [("    if step < warm:\n        return (step + 1) / warm\n", "")]},
      "says": "Your rate does not rise at the beginning. What do Adam's averages know in the first steps?"},
-    {"name": "first step lost", "caught": "ends", "code": {R: [("(step + 1) / warm", "step / warm")]},
+    {"name": "first step lost", "caught": "rates", "code": {R: [("(step + 1) / warm", "step / warm")]},
      "says": "At step 0 your rate is 0. Steps are counted from 0: what share does the first one get?"},
     {"name": "straight down", "caught": "rates", "code": {R: [(COS, "1 - (step - warm) / max(1, steps - warm)")]},
      "says": "Your rate falls along a line. How does half a cosine fall at its two ends?"},
@@ -54,7 +28,7 @@ MISTAKES = [
      "says": "Your curve ends with its steepest fall: it is a quarter of a cosine. From where to where does half of one go?"},
     {"name": "cosine from step 0", "caught": "rates", "code": {R: [("(step - warm) / max(1, steps - warm)", "step / steps")]},
      "says": "Your cosine begins at step 0, so that the rate jumps where the warm-up ends. Where is it to begin?"},
-    {"name": "not halved", "caught": "ends", "code": {R: [("0.5 * (1 +", "(1 +")]},
+    {"name": "not halved", "caught": "rates", "code": {R: [("0.5 * (1 +", "(1 +")]},
      "says": "Your rate begins its fall at 2. What values does 1 + cos have?"},
     {"name": "warm-up of a tenth", "caught": "rates", "code": {R: [("steps // 20", "steps // 10")]},
      "says": "Your warm-up is twice as long as asked for."},
@@ -81,6 +55,8 @@ MISTAKES = [
      "says": "You clip every parameter by itself, which bends the direction of the step. Of what is the length to be 1 at most?"},
     {"name": "not finite, stepped", "caught": "not_finite", "code": {D: [("    if math.isfinite(norm):\n", "    if True:\n")]},
      "says": "One NaN in the gradients makes every parameter NaN. What can you look at before you step?"},
+    {"name": "infinity stepped", "caught": "not_finite", "code": {D: [("if math.isfinite(norm):", "if not math.isnan(norm):")]},
+     "says": "NaN is found, and infinity is not: clipping divides by it. Which test finds both?"},
     {"name": "not finite, returned early", "caught": "cleared",
      "code": {D: [("    if math.isfinite(norm):\n        optimizer.step()\n", "    if not math.isfinite(norm):\n        return norm\n    optimizer.step()\n")]},
      "says": "Where a gradient is not finite you return before the end, and the gradients stay. What is NaN plus the next one?"},
@@ -114,22 +90,12 @@ def descend(optimizer, lr):
         p.grad = None
     return norm
 """}},
-    {"name": "mean of squares", "code": {T: """
+    {"name": "two names", "code": {T: """
 def adaptation_loss(model, loss, predicted, target):
     drawn = model.decode(predicted)
     with torch.no_grad():
         wanted = model.decode(target)
     return loss(drawn, wanted)
-""", L: """
-def loss_of(args, model, loss, step, batch):
-    prompts, x, timesteps, x0 = batch
-    z, terms = hipa.student(model, prompts, x, timesteps), {}
-    head_start = step / args.steps < args.head_start
-    if head_start or args.latent:
-        terms["latent"] = (args.latent if args.latent else 1.0) * (z - x0).pow(2).mean()
-    if head_start or not any(loss.weights.values()):
-        return terms
-    return {**hipa.adaptation_loss(model, loss, z, x0), **terms}
 """}},
 ]  # fmt: skip
 EQUIVALENT = {

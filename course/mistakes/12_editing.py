@@ -11,6 +11,8 @@ MISTAKES = [
      "says": "Strength is upside down in yours. How much of the picture is left at strength 1?"},
     {"name": "thousand timesteps", "caught": "one_step", "code": {R: [(T, "round(strength * model.schedule.num_train_timesteps)")]},
      "says": "At strength 1 you ask for timestep 1000. Which is the last one there is?"},
+    {"name": "999 for any schedule", "caught": "strength", "code": {R: [(T, "round(strength * 999)")]},
+     "says": "You count on 1000 timesteps. Which number of them has the model's own schedule?"},
     {"name": "rounded down", "caught": "strength", "code": {R: [(T, T.replace("round", "int"))]},
      "says": "Your timesteps come out one too small: you cut them off instead of rounding. Which whole number is nearest to 99.9?"},
     {"name": "denoised from 999", "caught": "one_step", "code": {R: [("denoise(model, prompts, x, first,", "denoise(model, prompts, x, None,")]},
@@ -29,6 +31,8 @@ MISTAKES = [
      "says": "The options (steps, guidance) do not reach denoise."},
     {"name": "mask upside down", "caught": "masked", "code": {R: [(POOL, f"1 - {POOL}")]},
      "says": "The mask is upside down: in yours the hole stays and its surroundings are made anew."},
+    {"name": "one hole for all", "caught": "masked", "code": {R: [(POOL, POOL.replace("mask,", "mask[:1],"))]},
+     "says": "Every picture gets the first picture's hole. The mask (B, 1, H, W) has one for each."},
     {"name": "mean of the mask", "caught": "masked", "code": {R: [("F.max_pool2d(mask", "F.avg_pool2d(mask")]},
      "says": "A cell that the hole touches is kept in part in yours. What of the old picture then shines through?"},
     {"name": "smallest hole", "caught": "masked", "code": {R: [(POOL, "-F.max_pool2d(-mask, model.vae.config.downscale)")]},
@@ -45,15 +49,12 @@ MISTAKES = [
      "says": "Outside of the hole your pixels have gone through the VAE. Whose pixels belong there?"},
     {"name": "hole not filled first", "caught": "unseen", "code": {P: [("fill(pictures, mask), prompts", "pictures, prompts")]},
      "says": "What the hole held is encoded with the rest, and below strength 1 something of it survives. When must it go?"},
-    {"name": "hole grey", "caught": "outside", "code": {P: [("fill(pictures, mask), prompts", "pictures * (1 - mask), prompts")]},
+    {"name": "hole grey", "caught": "inside", "code": {P: [("fill(pictures, mask), prompts", "pictures * (1 - mask), prompts")]},
      "says": "You set the hole to 0, a grey that shows at strength 0.9. By what does `fill` replace it?"},
-    {"name": "hole emptied in place", "caught": "untouched",
-     "code": {P: [("    painted = edit", "    pictures *= 1 - mask\n    painted = edit")]},
-     "says": "You empty the hole in the caller's own pictures, in place. Which of your lines writes into them?"},
-    {"name": "seam", "caught": "outside", "code": {P: [("painted + fill(pictures - painted, mask)", "painted")]},
+    {"name": "seam", "caught": "inside", "code": {P: [("painted + fill(pictures - painted, mask)", "painted")]},
      "says": "There is a seam at the rim: what is painted does not quite meet what stays. How far is it off there, and how could "
              "that be carried on into the hole?"},
-    {"name": "no mask inside", "caught": "outside", "code": {P: [("strength, mask, **options", "strength, **options")]},
+    {"name": "no mask inside", "caught": "inside", "code": {P: [("strength, mask, **options", "strength, **options")]},
      "says": "edit is not told of the mask, so the surroundings change while the hole is painted, and do not fit it."},
     {"name": "strength ignored", "caught": "unseen", "code": {P: [("seeds, strength, mask", "seeds, 0.9, mask")]},
      "says": "`strength` has no effect on your inpaint."},
@@ -67,9 +68,9 @@ def edit(model, pictures, prompts, seeds, strength=0.7, mask=None, eps=None, **o
     if eps is None:
         eps = noise(seeds, z.shape[1], z.shape[2], z.shape[3])
     if mask is not None:
-        touched = F.avg_pool2d(mask, model.vae.config.downscale) > 0
+        touched = F.avg_pool2d(mask, model.vae.config.downscale).to(model.device) > 0
         options = {**options, "keep": (z, touched.float())}
-    return denoise(model, prompts, a * z + s * eps, first=t, **options).to(pictures.device)
+    return denoise(model, prompts, a * z + s * eps.to(z.device), first=t, **options).to(pictures.device)
 """, P: """
 def inpaint(model, pictures, mask, prompts, seeds, strength=0.9, **options):
     painted = edit(model, fill(pictures, mask), prompts, seeds, strength, mask=mask, **options)
@@ -77,3 +78,6 @@ def inpaint(model, pictures, mask, prompts, seeds, strength=0.9, **options):
     return pictures * (1 - mask) + painted * mask
 """}},
 ]  # fmt: skip
+EQUIVALENT = {
+    "eps = to_cpu(noise(seeds, *latent.shape[1:]) if eps is None else eps)": "the next line moves it",
+}
