@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from cutting import split
 
-WAYS = "here", "there", "apart"  # with gradients; all on another device; only layers and models on another device
+# With gradients; all on another device; only layers and models on another device; all in half precision.
+WAYS = "here", "there", "apart", "half"
 SETTINGS = {  # of the whole program: how they are read, and set
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "whether gradients are computed": (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -56,6 +57,8 @@ class Accelerator(TorchDispatchMode):
         if function is torch.ops.aten._to_copy.default:
             if args[0].is_meta and str(kwargs.get("device") or "meta") == "cpu":
                 return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        elif function is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]  # into a tensor on the CPU: a GPU allows this, and what follows is on the CPU
         elif function is not torch.ops.aten.copy_.default and len(devices) > 1:
             raise Mixed
         return function(*args, **kwargs)
@@ -78,16 +81,17 @@ def same(a, b):
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def moved(value, tensors=True):
-    """On the device "meta", a copy: of a layer, of what has a device; of another tensor if `tensors`."""
+def moved(value, tensors=True, to="meta"):
+    """On the device "meta", or of a type, a copy: of a layer, of what has a device; of another tensor if `tensors`."""
     if isinstance(value, torch.Tensor):
-        return value.to("meta") if tensors else value
+        return value.to(to) if tensors and (to == "meta" or value.is_floating_point()) else value
     if isinstance(value, torch.nn.Module):
-        return copy.deepcopy(value).to("meta")
+        return copy.deepcopy(value).to(to)
     if not isinstance(getattr(value, "device", None), torch.device):
         return value
     new = type(value).__new__(type(value))
-    vars(new).update(tree_map(moved, vars(value)), device=torch.device("meta"))
+    what = {"device": torch.device("meta")} if to == "meta" else {"dtype": to}
+    vars(new).update(tree_map(functools.partial(moved, to=to), vars(value)), **what)
     return new
 
 
@@ -111,6 +115,10 @@ class Watch:
         if self.way == "here":
             with torch.enable_grad(), settings_kept(self.seen["settings"]):
                 result = self.call(*tree_map_only(torch.Tensor, fresh, (args, kwargs)))
+        elif self.way == "half":
+            self.seen["half"] = True
+            args, kwargs = tree_map(functools.partial(moved, to=torch.bfloat16), (args, kwargs))
+            result = self.function(*args, **kwargs)
         else:
             args, kwargs = tree_map(functools.partial(moved, tensors=self.way == "there"), (args, kwargs))
             with Accelerator():
@@ -205,6 +213,8 @@ def faults(name, right, mine, untrained):
     for path, dtype in right["types"].items():
         if mine.get("types", {}).get(path, dtype) != dtype:
             yield "type", f"the result of your {name} is {mine['types'][path]}; right is {dtype}"
+    if "half" in mine and error is not None:
+        yield "type", f"in half precision your {name} raises {type(error).__name__}: {error}"
     if isinstance(error, Mixed) or "tensor type" in str(error) or "tensor to numpy" in str(error):
         yield "device", f"{ELSEWHERE} something that your {name} makes or reads is on the CPU"
     if any(mine.get("devices", {}).get(path, device) != device for path, device in right["devices"].items()):

@@ -99,6 +99,14 @@ def down(m, g):
     return found
 
 
+@check(DESCEND, "a parameter without a gradient stays as it is")
+def without(m, g):
+    ps, opt = optimizer(g)
+    ps[0].grad = None
+    m.train.descend(opt, 0.1)
+    return torch.stack([p.detach() for p in ps])
+
+
 @check(DESCEND, "the gradients are cleared for the next step")
 def cleared(m, g):
     for broken, when in ((None, "after the step"), (math.nan, "where one gradient was NaN")):
