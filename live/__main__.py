@@ -147,13 +147,13 @@ class Painter:
         self.name, self.loras = name, [lora for lora in found if lora]
         self.model = hipa.load(folder, device, dtype)
         nets, read = torch.nn.ModuleDict({"unet": self.model.unet, "text_encoder": self.model.text_encoder}), []
+        self.fade = Fader(nets, read)
         for path, weight in self.loras:
+            self.fade(0)  # a Fader begins with the frozen weights
             with reading(path):
                 read.append((load_lora(path, nets), weight))
-                self.fade = Fader(nets, read[-1:])
+                self.fade = Fader(nets, read)
                 self.fade(1)  # or they are for another network
-                self.fade(0)
-        self.fade = Fader(nets, read)
         self.facts = {
             "model": name, "device": device, "side": self.model.side, "strength": hipa.STRENGTH, "radius": RADIUS,
             "adaptors": 1.0 if self.loras else None,

@@ -91,15 +91,15 @@ def write_index(folder):
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def run_sample(argv, capsys):
-    """sample.py's command line, in this process -> exit code, lines of stdout, lines of stderr"""
+def run_sample(argv, capsys, main=None):
+    """A command line, sample.py's or another `main`, in this process -> exit code, lines of stdout, lines of stderr"""
     import sample
 
     code = 0
     with warnings.catch_warnings():  # each is shown once, as in a process of its own
         warnings.simplefilter("default")
         try:
-            sample.run(lambda: sample.main([str(arg) for arg in argv]))
+            sample.run(lambda: (main or sample.main)([str(arg) for arg in argv]))
         except SystemExit as end:
             code = end.code
     out, err = capsys.readouterr()

@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import hipa
-import sample
-from conftest import ROOT, quiet_pipeline, write_checkpoint
+from conftest import ROOT, quiet_pipeline, run_sample, write_checkpoint
 from parity import OURS, assert_same, normal
 from test_official_configs import OFFICIAL, SIZES
 from test_sampler import run_pipeline
@@ -125,21 +124,10 @@ def like(folder, tmp_path_factory, monkeypatch):
     return "org/name"
 
 
-def run(capsys, *argv):
-    """The command line, in this process -> exit code, lines of stdout, lines of stderr"""
-    code = 0
-    try:
-        sample.run(lambda: convert.main([str(arg) for arg in argv]))
-    except SystemExit as end:
-        code = end.code
-    out, err = capsys.readouterr()
-    return code, out.splitlines(), err.splitlines()
-
-
 def converted(capsys, path, like, *options):
     """-> the folder that the file became, its tensors {part: {name: tensor}}"""
     made = path.parent / "new" / f"made{len(options)}"
-    code, out, err = run(capsys, path, made, "--like", like, *options)
+    code, out, err = run_sample([path, made, "--like", like, *options], capsys, convert.main)
     assert (code, out) == (0, [str(made)]) and "prediction type" in err[0] and str(made) in err[1], err
     return made, weights(made)
 
@@ -268,7 +256,7 @@ MISTAKES = {  # what is done to the file: names that go, tensors that come, or a
 
 def refused(capsys, *argv, code=2):
     """The command ends in one line, or for Ctrl-C in none. It is returned."""
-    result, out, err = run(capsys, *argv)
+    result, out, err = run_sample(argv, capsys, convert.main)
     assert (result, out, len(err)) == (code, [], code == 2), err
     return "".join(err)
 

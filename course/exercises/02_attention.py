@@ -69,15 +69,6 @@ def itself(m, g):
     return layer(m, g, context=12)(x, x)
 
 
-@check(TARGETS[0], "half precision goes in, half precision comes out")
-def half(m, g):
-    net, (x, context) = layer(m, g).to(torch.bfloat16), inputs(g)
-    out = net(x.bfloat16(), context.bfloat16())
-    if out.dtype != torch.bfloat16:
-        raise Wrong(f"x, the context and the layers are bfloat16, and your result is {out.dtype}")
-    return True
-
-
 @check(TARGETS[0], "neither the order of the tokens counts, nor the other pictures of the batch")
 def order(m, g):
     net, (x, context) = layer(m, g), inputs(g)
