@@ -16,6 +16,7 @@ import copy
 import hashlib
 import json
 import math
+import multiprocessing
 import random
 import shutil
 import sys
@@ -88,9 +89,9 @@ class Scene:
 
     @staticmethod
     def sample(rng, index=None, varied=False):
-        """Three quarters show one glyph, the others a small one or two side by side; two thirds are on plain white.
+        """Half show one glyph, the others a small one or two side by side; two thirds are on plain white.
         With an `index`: that class, alone, on white. `varied`: half are mirrored; what is alone can be anywhere."""
-        kind = rng.choices(["one", "small", "two"], [0.74, 0.10, 0.16])[0] if index is None else "one"
+        kind = rng.choices(["one", "small", "two"], [0.53, 0.17, 0.30])[0] if index is None else "one"
         background = rng.choice(list(COLOURS)) if index is None and rng.random() < 0.33 else None
 
         def place(x, y, size, dx, dy):
@@ -155,13 +156,15 @@ class Data:
     @torch.no_grad()
     def latents(self, vae, count=None):
         """Scaled latents (N, 4, 16, 16) of all pictures, or of the first."""
-        parts = tqdm(self.pictures[:count].split(128), "encoding", leave=False)
+        parts = tqdm(self.pictures[:count].split(512), "encoding", leave=False)
         return torch.cat([vae.encode(to_unit(part.to(self.device))).cpu() for part in parts])
 
 
 def pictures_of(scenes):
     """-> uint8 (N, 3, SIZE, SIZE)"""
-    pictures = np.stack([np.asarray(scene.draw()) for scene in tqdm(scenes, "pictures")])
+    with multiprocessing.Pool() as pool:
+        drawn = tqdm(pool.imap(Scene.draw, scenes, chunksize=64), "pictures", len(scenes))
+        pictures = np.stack([np.asarray(picture) for picture in drawn])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
 
 
@@ -179,7 +182,7 @@ def minutes_used(device):
 def batches_of(size, tensors):
     """Endless shuffled batches of each tensor's rows, without those held out."""
     while True:
-        order = torch.randperm(len(tensors[0]) - HELD_OUT)
+        order = torch.randperm(len(tensors[0]) - HELD_OUT, device=tensors[0].device)
         for rows in order.unfold(0, size, size):  # whole batches
             yield [tensor[rows] for tensor in tensors]
 
@@ -188,8 +191,10 @@ def fit(networks, tensors, batch, loss_of, device, minutes, lr, decay, progress,
     """Minimises loss_of(rows of each tensor) until the networks have had `minutes`; before, they had `progress`.
 
     AdamW; the rate rises over 2 % of the time and falls along a cosine. Every five minutes and at the end
-    keep(average, progress) is called, with a moving average of the networks.
+    keep(average, progress) is called, with a moving average of the networks. On a GPU batches are 32 times as large,
+    the data stay there, and the networks are compiled and compute in bfloat16.
     """
+    cuda = device == "cuda"
     networks = networks.to(device, memory_format=torch.channels_last)
     parameters = [parameter for parameter in networks.parameters() if parameter.requires_grad]
     ema = copy.deepcopy(networks).requires_grad_(False)
@@ -197,11 +202,14 @@ def fit(networks, tensors, batch, loss_of, device, minutes, lr, decay, progress,
     progress = {"minutes": 0.0, "samples": 0, "step": 0} | progress
     first, kept = progress["step"], progress["minutes"]
     torch.manual_seed(first)
-    batches = batches_of(batch if device == "cpu" else 8 * batch, tensors)
+    batches = batches_of(32 * batch if cuda else batch, [tensor.to(device) for tensor in tensors])
+    for network in networks.children() if cuda else ():
+        network.compile(dynamic=False)
     while progress["minutes"] < minutes:
         start, share, step = minutes_used(device), progress["minutes"] / minutes, progress["step"] + 1
-        rows = [rows.to(device) for rows in next(batches)]
-        loss = loss_of(*rows)
+        rows = next(batches)
+        with torch.autocast(device, torch.bfloat16, enabled=cuda):
+            loss = loss_of(*rows)
         loss.backward()
         warm = min(1, (share + 1e-4) / 0.02, (step - first) / 100)  # at each start AdamW has no moments yet
         norm = descend(optimizer, lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))))
@@ -223,19 +231,20 @@ def improve(data, part, minutes, folder, first=False):
     networks, tensors, batch, lr, loss_of, measure = TRAININGS[part](data, model, folder)
     with safe_open(weights_file(folder / next(iter(networks))), "pt") as file:
         header = file.metadata()
+    key = part if data.device == "cpu" else f"{part} on {data.device}"  # minutes there are others
 
     def keep(ema, progress):
         if part == "vae":
             ema = copy.deepcopy(ema)
             normalise_latents(ema["vae"], data.latents(ema["vae"], 1024))
         figures = progress | measure(ema)
-        print(f"{part}:", ", ".join(f"{key} {value:.5g}" for key, value in figures.items()), flush=True)
+        print(f"{part}:", ", ".join(f"{name} {value:.5g}" for name, value in figures.items()), flush=True)
         for name, network in ema.items():
             if (folder / name).exists():
-                write_weights(folder / name, network, {**header, part: json.dumps(progress)})
+                write_weights(folder / name, network, {**header, key: json.dumps(progress)})
 
-    progress = json.loads(header.get(part, header.get("progress", "{}")))
-    lr, decay = (lr, 0.998) if first else (lr / 2, 0.9995)
+    progress = json.loads(header.get(key, "{}"))
+    lr, decay = (lr, 0.998) if first else (2 * lr, 0.998) if data.device == "cuda" else (lr / 2, 0.9995)
     fit(networks, tensors, batch, loss_of, data.device, minutes, lr, decay, progress, keep)
 
 
@@ -254,11 +263,11 @@ def vae_training(data, model, folder):
 
     def loss_of(pictures):
         target = to_unit(pictures)
-        mean, logvar = vae.moments(target)
+        mean, logvar = (part.float() for part in vae.moments(target))
         # The mean decoded through noise of the posterior's size; a weak pull to a unit Gaussian keeps latents small.
         latent = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return reconstruction_loss(vae.decode(latent * vae.config.scaling_factor), target) + 1e-4 * kl
+        return reconstruction_loss(vae.decode(latent * vae.config.scaling_factor).float(), target) + 1e-4 * kl
 
     return nn.ModuleDict({"vae": vae}), [data.pictures], 16, 2e-3, loss_of, lambda ema: quality(ema["vae"], data)
 
@@ -272,7 +281,7 @@ def decoder_training(data, model, folder):
     def loss_of(pictures, latent):
         target = to_unit(pictures)
         # A little noise: the sampler's latents are not exactly those of pictures.
-        picture = vae.decode(latent + 0.03 * torch.randn_like(latent))
+        picture = vae.decode(latent + 0.03 * torch.randn_like(latent)).float()
         features, wanted = vgg(picture / 2 + 0.5), vgg(target / 2 + 0.5)
         perceptual = sum((a - b).abs().mean() / b.abs().mean() for a, b in zip(features[:3], wanted[:3]))
         # Any distance is least for a soft edge where the latent leaves its place open: so ask for the energy as well.
@@ -377,8 +386,8 @@ def unet_training(data, model, folder):
         return diffusion_loss(networks["unet"], schedule, x0, networks["text_encoder"](text), timestep, noise)
 
     def loss_of(x0, captions):
-        text = captions[torch.arange(len(x0)), torch.randint(captions.shape[1], (len(x0),))]
-        text[torch.rand(len(x0), device=text.device) < 0.1] = empty
+        text = captions[torch.arange(len(x0)), torch.randint(captions.shape[1], (len(x0),), device=captions.device)]
+        text = torch.where(torch.rand(len(x0), 1, device=text.device) < 0.1, empty, text)
         timestep = draw_timesteps(len(x0), schedule.num_train_timesteps, x0.device)
         return error(networks, x0, text, timestep, torch.randn_like(x0))
 
@@ -413,7 +422,7 @@ def write_captions(folder):
     """`captions.txt`, what adaptors are trained on: five captions of each glyph alone, some small, some in pairs."""
     rng, classes, colours = random.Random(7), range(len(GLYPHS)), list(COLOURS)
     scenes = [Scene([c], [None], rng.choice(colours) if k % 3 == 0 else None) for k in range(5) for c in classes]
-    scenes += [scene for scene in (Scene.sample(rng) for _ in range(300)) if scene.small or len(scene.classes) > 1]
+    scenes += [scene for scene in (Scene.sample(rng) for _ in range(800)) if scene.small or len(scene.classes) > 1]
     (folder / "captions.txt").write_text("".join(f"{scene.caption(rng)}\n" for scene in scenes), "utf-8")
 
 

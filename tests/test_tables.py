@@ -155,7 +155,7 @@ def test_trainings_have_equal_time_and_go_on_where_they_stopped(few, monkeypatch
     assert options["rank-4-0-111"][0].endswith("--rank 4") and options["rank-4-0-111"][1:] == ["--resume"]
     assert len((folders["rank-4-0-111"] / "processor_seconds").read_text().split()) == 2
     rows = rows_of(capsys)
-    assert rows["**HiPA**, 1 step, 110 updates"][-2] == "1,296,000" and "±" in rows["rank 4, 1 step, 111 updates"][0]
+    assert rows["**HiPA**, 1 step, 110 updates"][-2] == "1,271,808" and "±" in rows["rank 4, 1 step, 111 updates"][0]
     table.main(argv)  # everything is there
     assert rows_of(capsys) == rows
     assert sum(len((folder / "options").read_text().splitlines()) for folder in folders.values()) == 6
