@@ -6,15 +6,20 @@
     python emoji/evaluate.py --calibrate           # real pictures, damaged in known ways
     python emoji/evaluate.py --halves              # how far one-step pictures in half precision are from float32's
 
-recognition  share of pictures that the evaluation net gives the class of their prompt
 Fréchet      distance between the evaluation net's features of the pictures and of real ones (as FID, with this net)
-edges        high-frequency energy at edges; 1 means as sharp as real pictures after the VAE
-all          the same over all pixels; speckle counts here, so it can be high where edges are soft
-defective    share of pictures that a critic takes for blurred, doubled or smeared ones, see `train_critic`
-to itself    (--calibrate) DISTS on the evaluation net: how different from another picture, as a whole
+edges        high-frequency energy at edges; 1 means as sharp as real pictures after the VAE. The loss's energy term is
+             close to this, so it was trained on
+both         share of pictures of "a bee and a rocket", pairs that adaptors never saw, in which the net finds both
+small        share of pictures of "a small dog" in which it finds the dog, at the right size
+spread       how far place and size vary between two pictures of one prompt: the mean standard deviation of the thing's
+             x, y and length, in pixels
+recognition  share of pictures of a single thing that the net gives the class of their prompt
+to itself    (--calibrate) DISTS on the net: how different from another picture, as a whole
 """
 
+import math
 import random
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +40,7 @@ from sample import Parser, apply_lora, find_lora, number, run, to_pil, to_tensor
 
 SIZE = 64
 REFERENCE_VIEWS, OTHER_VIEWS = 8, 4  # per class in renders.png: to compare with, and as the "real pictures" row
+SMALL = 36  # pixels; things alone are 38 to 58 long, small ones 24 to 30
 
 
 # ------------------------------------------------------------------------------------------------------------ the net
@@ -139,13 +145,18 @@ def radial_power(pictures):
     return (total / torch.bincount(bins))[: side // 2 + 1]
 
 
+def as_stored(pictures):
+    """Pictures (B, 3, H, W) rounded to the 256 levels that a PNG has."""
+    return torch.stack([to_tensor(picture) for picture in to_pil(pictures)])
+
+
 def psnr(a, b):
     """Mean over pictures (B, 3, H, W) in [-1, 1] of the peak signal-to-noise ratio, in dB."""
     mse = (a.clamp(-1, 1) - b).square().mean(dim=(1, 2, 3)) / 4  # 4 = (1 - -1)^2
     return (-10 * mse.log10()).mean().item()
 
 
-# ------------------------------------------------------------------------------------------------- damage, and a critic
+# ---------------------------------------------------------------------------------------------- damage, and its reverse
 def blurred(pictures, sigma):
     """Pictures (B, 3, H, W) under a Gaussian of `sigma` pixels."""
     kernel = torch.exp(-(torch.arange(-6, 7.0) ** 2) / (2 * sigma**2))
@@ -168,67 +179,97 @@ def smeared(pictures, top, left, side=20):
     return pictures
 
 
-def train_critic(net, real):
-    """-> a function: pictures (N, 3, 64, 64) in [-1, 1] -> (N,) bool, defective or not. It is a logistic regression on
-    means and deviations of the net's feature maps, trained on `real` pictures and on as many damaged at random."""
+def sharpened(pictures, sigma, amount):
+    """An unsharp mask: pictures (B, 3, H, W) with what a blur of `sigma` pixels takes away added, times `amount`."""
+    return pictures + amount * (pictures - blurred(pictures, sigma))
 
-    def statistics(pictures):
-        maps = ([F.silu(m) for m in net.stages(part)] for part in pictures.split(128))
-        return torch.cat([torch.cat([f(m, dim=(2, 3)) for m in ms for f in (torch.mean, torch.std)], 1) for ms in maps])
 
-    rng, damaged = random.Random(0), []
-    for k, picture in enumerate(real.split(1)):
-        ways = [
-            (blurred, rng.uniform(0.6, 1.6)),
-            (doubled, rng.choice([-4, -3, -2, 2, 3, 4]), rng.randint(-4, 4), rng.uniform(0.3, 0.5)),
-            (smeared, rng.randint(8, 40), rng.randint(8, 40)),
-        ]
-        damage, *options = ways[k % 3]
-        damaged.append(damage(picture, *options))
-    x = torch.cat([statistics(real), statistics(torch.cat(damaged))])
-    mean, deviation = x.mean(0), x.std(0) + 1e-6
-    x, y = (x - mean) / deviation, torch.arange(len(x)).ge(len(real)).float()
-    linear = nn.Linear(x.shape[1], 1)
-    nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200)
+# ----------------------------------------------------------------------------------------------------- places of things
+def background(pictures):
+    """The colour (B, 3, 1, 1) of most of the border of pictures (B, 3, H, W)."""
+    border = torch.cat([pictures[:, :, [0, -1]].flatten(2), pictures[:, :, :, [0, -1]].flatten(2)], dim=2)
+    return border.median(dim=2).values[..., None, None]
 
-    def loss():
-        optimizer.zero_grad()
-        error = F.binary_cross_entropy_with_logits(linear(x)[:, 0], y) + 2e-3 * linear.weight.square().sum()
-        error.backward()
-        return error
 
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return lambda pictures: linear((statistics(pictures) - mean) / deviation)[:, 0] > 0
+def boxes(pictures):
+    """Where the thing is in pictures (B, 3, H, W) of one background: its centre x, y and longer side (B, 3), in pixels.
+    It ends where all but a hundredth of what differs from the background lies within."""
+    differs = ((pictures - background(pictures)).abs().amax(dim=1) > 0.3).float()  # (B, H, W)
+    ends = []
+    for dim in (1, 2):
+        share = differs.sum(dim).cumsum(1) / differs.sum(dim=(1, 2)).clamp(min=1)[:, None]
+        ends += [(share < 0.01).sum(1), (share < 0.99).sum(1) + 1]
+    left, right, top, bottom = torch.stack(ends).float()
+    return torch.stack(
+        [(left + right) / 2, (top + bottom) / 2, torch.maximum(right - left, bottom - top).clamp(min=4)], 1
+    )
+
+
+def enlarged(pictures, side=53):
+    """The thing in each of the pictures (B, 3, 64, W), moved to the middle and enlarged to `side` pixels of 64, as the
+    evaluation net knows it: (B, 3, 64, 64)."""
+    width, theta = pictures.shape[3], torch.zeros(len(pictures), 2, 3)
+    x, y, length = boxes(pictures).T
+    theta[:, 0, 0], theta[:, 0, 2] = length / side * SIZE / width, 2 * x / width - 1
+    theta[:, 1, 1], theta[:, 1, 2] = length / side, 2 * y / SIZE - 1
+    places = F.affine_grid(theta, (len(pictures), 3, SIZE, SIZE), align_corners=False)
+    return F.grid_sample(pictures, places, "bicubic", "border", align_corners=False).clamp(-1, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
 class Evaluation:
     """The evaluation net, and real pictures, `per_class` of each class: as many as will be sampled, because the Fréchet
-    distance of few pictures is larger. `folder`: where `renders.png` is. `measure` gives one row of figures."""
+    distance of few pictures is larger. `folder`: where `renders.png` is."""
 
     def __init__(self, model, per_class=OTHER_VIEWS, folder=HERE):
-        self.glyphs = read_glyphs()
+        self.glyphs, self.per_class = read_glyphs(), per_class
         self.net = EvaluationNet(len(self.glyphs)).eval().requires_grad_(False)
         hipa.read_weights(self.net, HERE / "evaluator" / "model.safetensors", torch.float32)
         self.distance = DISTS(stages_for_dists(self.net))
         (reference, _), (pictures, labels) = real_pictures(self.glyphs, folder)
-        self.reference_features, self.critic = self.net.features(reference), train_critic(self.net, reference)
+        self.reference_features = self.net.features(reference)
         some = torch.arange(len(labels)) % OTHER_VIEWS < per_class
         self.real = pictures[some], labels[some]
         # Encoded and decoded as everything the model samples is: the sharpest it could be.
         self.copies = torch.cat([model.decode(model.encode(part)) for part in self.real[0].split(32)])
-        self.copies_energy = high_frequency_energy(self.copies)
+        self.copies_energy = high_frequency_energy(self.copies)[0]
+
+        # What is asked for: every thing alone, pairs, and small things, `per_class` pictures of each (pairs: as many).
+        names = [names[0] for _, names in self.glyphs]
+        self.labels, rng = torch.arange(len(names)).repeat_interleave(per_class), random.Random(0)
+        seen, pairs = (HERE / "captions.txt").read_text("utf-8"), []
+        while len(pairs) < len(self.labels):
+            a, b = rng.sample(range(len(names)), 2)
+            pairs += [(a, b)] if f"{names[a]} and {names[b]}" not in seen else []
+        self.alone, self.pairs = [names[label] for label in self.labels], torch.tensor(pairs)
+        small = [re.sub("^(an? |the |)", lambda m: f"{m[1].replace('an', 'a')}small ", name) for name in self.alone]
+        self.prompts = [*self.alone, *(f"{names[a]} and {names[b]}" for a, b in pairs), *small]
+
+    def classes(self, pictures):
+        return torch.cat([self.net(part).argmax(1) for part in pictures.split(256)])
 
     def measure(self, pictures, labels):
-        """Pictures (N, 3, 64, 64) in [-1, 1] and their classes (N,) -> [recognition, Fréchet, edges, all, defective]"""
-        pictures = torch.stack([to_tensor(picture) for picture in to_pil(pictures)])  # as a PNG would hold them
+        """Pictures (N, 3, 64, 64) in [-1, 1] of single things, their classes (N,) -> [recognition, Fréchet, edges]"""
+        pictures = as_stored(pictures)
         features = torch.cat([self.net.features(part) for part in pictures.split(256)])
-        recognised = (self.net.head(features).argmax(1) == labels).float().mean().item()
-        energy = [e / c for e, c in zip(high_frequency_energy(pictures), self.copies_energy)]
-        defective = self.critic(pictures).float().mean().item()
-        return [100 * recognised, frechet(features, self.reference_features), *energy, 100 * defective]
+        recognised = (self.classes(pictures) == labels).float().mean().item()
+        edges = high_frequency_energy(pictures)[0] / self.copies_energy
+        return [100 * recognised, frechet(features, self.reference_features), edges]
+
+    def measure_all(self, pictures):
+        """Pictures of `self.prompts`, or of `self.alone` only -> [Fréchet, edges, both, small, spread]"""
+        pictures, count = as_stored(pictures), len(self.alone)
+        alone, both, small = pictures[:count], math.nan, math.nan
+        spread = boxes(alone).unflatten(0, (-1, self.per_class)).var(dim=1).mean(dim=0).sqrt().mean().item()
+        if len(pictures) > count:
+            _, pairs, little = pictures.split(count)
+            left = torch.arange(SIZE) < SIZE // 2
+            halves = [torch.where(side, pairs, background(pairs)) for side in (left, ~left)]
+            found = torch.stack([self.classes(enlarged(half)) for half in halves], dim=1)
+            both = 100 * (found == self.pairs).all(dim=1).float().mean().item()
+            right = (self.classes(enlarged(little)) == self.labels) & (boxes(little)[:, 2] < SMALL)
+            small = 100 * right.float().mean().item()
+        return [*self.measure(alone, self.labels)[1:], both, small, spread]
 
     def difference(self, pictures, others):
         """Mean DISTS between pictures (N, 3, 64, 64) in [-1, 1] and `others`, one by one, on the evaluation net."""
@@ -237,32 +278,35 @@ class Evaluation:
         return distances.mean().clamp(min=0).item()  # of equal pictures it can be -1e-8
 
 
-def draw(model, evaluation, steps, guidance, seed, per_class, batch=24, sample=hipa.sample):
-    """The model's pictures of every class, `per_class` each, and their classes. Seeds differ between all pictures."""
-    prompts = [names[0] for _, names in evaluation.glyphs for _ in range(per_class)]
-    seeds = [1_000_000 * (seed + 1) + k for k in range(len(prompts))]
+def draw(model, prompts, seed, steps, guidance=None, batch=24, sample=hipa.sample):
+    """The model's pictures of the prompts (N, 3, 64, 64). Seeds differ between all pictures."""
     starts = tqdm(range(0, len(prompts), batch), f"{steps} steps, seed {seed}", leave=False)
-    pictures = [sample(model, prompts[i : i + batch], seeds[i : i + batch], steps, guidance) for i in starts]
-    return torch.cat(pictures), torch.arange(len(evaluation.glyphs)).repeat_interleave(per_class)
+    seeds = range(1_000_000 * (seed + 1), 1_000_000 * (seed + 1) + len(prompts))
+    return torch.cat([sample(model, prompts[i : i + batch], seeds[i : i + batch], steps, guidance) for i in starts])
 
 
-HEADER = "| pictures | recognition | Fréchet | edges | all | defective |\n|---|---|---|---|---|---|"
-FORMATS = ("{:.1f} %", "{:.2f}", "{:.2f}", "{:.2f}", "{:.1f} %")
+COLUMNS = {"Fréchet": "{:.2f}", "edges": "{:.2f}", "both": "{:.1f} %", "small": "{:.1f} %", "spread": "{:.2f}"}
 
 
-def row(name, measurements, formats=FORMATS):
-    """One line of a table; over several measurements, mean ± half the spread."""
+def header(title, *columns):
+    return f"| {title} | {' | '.join(columns)} |\n|---|" + "---|" * len(columns)
+
+
+def row(name, measurements, formats, marks=None):
+    """One line of a table; over several measurements, mean ± standard deviation, and a mark. NaN: an empty cell."""
     cells = [text.format(mean) for text, mean in zip(formats, np.mean(measurements, axis=0), strict=True)]
     if len(measurements) > 1:
-        spread = np.ptp(measurements, axis=0) / 2
-        cells = [f"{cell} ± {half:.{text[3]}f}" for cell, text, half in zip(cells, formats, spread)]
+        deviations = np.std(measurements, axis=0, ddof=1)
+        cells = [f"{cell} ± {sd:.{text[3]}f}" for cell, text, sd in zip(cells, formats, deviations)]
+    cells = ["" if "nan" in cell else cell + mark for cell, mark in zip(cells, marks or [""] * len(cells))]
     return f"| {name} | {' | '.join(cells)} |"
 
 
 def calibrate(evaluation):
     """A row of measures for each way to damage the real pictures, or to replace them by others."""
     real, labels = evaluation.real
-    other_views, noise = real.unflatten(0, (-1, OTHER_VIEWS)).roll(1, 1).flatten(0, 1), torch.randn(real.shape)
+    other_views = real.unflatten(0, (-1, OTHER_VIEWS)).roll(1, 1).flatten(0, 1)
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     damaged = {
         "real": real, "through the VAE": evaluation.copies,
         "blur of 0.5 pixels": blurred(real, 0.5), "blur of 1": blurred(real, 1), "blur of 1.5": blurred(real, 1.5),
@@ -271,10 +315,10 @@ def calibrate(evaluation):
         "speckle of 0.05": real + 0.1 * noise, "speckle of 0.1": real + 0.2 * noise,
         "another view": other_views, "another thing": real.roll(7 * OTHER_VIEWS, 0),
     }  # fmt: skip
-    print(HEADER.replace("defective |", "defective | to itself |") + "---|")
+    print(header("pictures", "recognition", "Fréchet", "edges", "to itself"))
     for name, pictures in damaged.items():
         figures = [*evaluation.measure(pictures, labels), evaluation.difference(pictures, real)]
-        print(row(name, [figures], (*FORMATS, "{:.3f}")), flush=True)
+        print(row(name, [figures], ("{:.1f} %", "{:.2f}", "{:.2f}", "{:.3f}")), flush=True)
 
 
 def halves(folder, lora, evaluation):
@@ -285,7 +329,7 @@ def halves(folder, lora, evaluation):
             model = hipa.load(folder, dtype=dtype)
             if adaptors:
                 apply_lora(model, *adaptors)
-            pictures = draw(model, evaluation, 1, 1.0, 0, 1)[0].clamp(-1, 1)
+            pictures = draw(model, evaluation.alone, 0, 1).clamp(-1, 1)
             if dtype == torch.float32:
                 exact = pictures
                 continue
@@ -308,7 +352,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     folder = hipa.find_checkpoint(args.model)
     model, lora = hipa.load(folder), find_lora(args.lora, folder, args.steps)
-    evaluation = Evaluation(model, OTHER_VIEWS if args.calibrate else args.per_class, folder)
+    evaluation = Evaluation(model, OTHER_VIEWS if args.calibrate else 1 if args.halves else args.per_class, folder)
     if args.calibrate:
         return calibrate(evaluation)
     if args.halves:
@@ -317,12 +361,12 @@ def main(argv=None):
         apply_lora(model, *lora)
     guidance = model.guidance_at(args.steps)
     name = f"{args.steps} step{'s' * (args.steps > 1)}, guidance {guidance:g}{f', {lora[0].name}' if lora else ''}"
-    samples = (draw(model, evaluation, args.steps, guidance, seed, args.per_class) for seed in range(args.seeds))
-    (real, labels), copies = evaluation.real, evaluation.copies
-    print(HEADER)
-    print(row("real", [evaluation.measure(real, labels)]))
-    print(row(f"through the VAE ({psnr(copies, real):.1f} dB)", [evaluation.measure(copies, labels)]), flush=True)
-    print(row(name, [evaluation.measure(*pair) for pair in samples]))
+    pictures = (draw(model, evaluation.prompts, seed, args.steps) for seed in range(args.seeds))
+    print(header("pictures", *COLUMNS))
+    real, copies = evaluation.real[0], evaluation.copies
+    rows = {"real": [real], f"through the VAE ({psnr(copies, real):.1f} dB)": [copies], name: pictures}
+    for name, parts in rows.items():
+        print(row(name, [evaluation.measure_all(part) for part in parts], COLUMNS.values()), flush=True)
 
 
 if __name__ == "__main__":

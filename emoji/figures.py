@@ -101,7 +101,7 @@ def main():
     evaluation = Evaluation(frozen, per_class=1)
     rows = {"real (through the VAE)": evaluation.copies}
     for name, (model, steps) in ways.items():
-        rows[name], _ = draw(model, evaluation, steps, model.guidance_at(steps), 0, 1)
+        rows[name] = draw(model, evaluation.alone, 0, steps)
     spectrum(rows, DOCS / "spectrum.png")
     contact_sheet(evaluation.glyphs, evaluation.real[0], rows["25 steps"], DOCS / "contact_sheet.png")
 

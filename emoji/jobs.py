@@ -5,7 +5,7 @@
     python emoji/jobs.py editing --lora runs/a runs/b runs/c     # HiPA's rows only, of other adaptors
 
 The pictures are the real ones of `renders.png`: one of each class, and others in every repetition. A row shows the mean
-and half the spread over repetitions; with several adaptors, over the adaptors.
+and standard deviation over repetitions; with several adaptors, over the adaptors.
 
 recognition, Fréchet, edges   as in `evaluate.py`
 DISTS, PSNR (dB)              to the real picture that the job began with; DISTS is by the net that training uses
@@ -25,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import hipa  # noqa: E402
-from evaluate import OTHER_VIEWS, SIZE, Evaluation, psnr, real_pictures, row  # noqa: E402
-from sample import Parser, apply_lora, find_lora, number, run, to_pil, to_tensor  # noqa: E402
+from evaluate import OTHER_VIEWS, SIZE, Evaluation, as_stored, header, psnr, real_pictures, row  # noqa: E402
+from sample import Parser, apply_lora, find_lora, number, run  # noqa: E402
 from train import load_distance  # noqa: E402
 
 DIGITS = {"recognition, %": 1, "Fréchet": 2, "edges": 2, "DISTS": 3, "PSNR": 1, "seam": 2}  # after the point
@@ -52,16 +52,16 @@ class Bench:
 
     def measure(self, pictures, sources, labels):
         """{column: figure}, those of DIGITS. Pictures and sources (N, 3, 64, 64), labels (N,)."""
-        pictures = torch.stack([to_tensor(picture) for picture in to_pil(pictures)])  # as a PNG would hold them
+        pictures = as_stored(pictures)
         dists = self.distance(pictures / 2 + 0.5, sources / 2 + 0.5).mean().item()
         step, real = ((x[..., SIZE // 2] - x[..., SIZE // 2 - 1]).abs().mean().item() for x in (pictures, sources))
-        figures = [*self.evaluation.measure(pictures, labels)[:3], dists, psnr(pictures, sources), step / real]
+        figures = [*self.evaluation.measure(pictures, labels), dists, psnr(pictures, sources), step / real]
         return dict(zip(DIGITS, figures))
 
     def print_table(self, title, columns, ends, others=None, shift=0):
         """ends: {end of a row's name: function (model, sources (N, 3, 64, 64), prompts=, seeds=, steps=) -> pictures}.
         others: {name of a row: function (sources, **_)}. The prompts name the classes `shift` places on."""
-        print(f"\n| {title} | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+        print("\n" + header(title, *columns))
         labels = torch.arange(len(self.names)).roll(-shift)
         prompts = [self.names[label] for label in labels]
         rows = {name: [function] for name, function in (others or {}).items()}

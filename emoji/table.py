@@ -2,69 +2,72 @@
 
     python emoji/table.py                 # says first how long it takes; goes on where it stopped
     python emoji/table.py --share 0.33    # every training a third as long
-    python emoji/table.py --more          # more rows, trained once: LPIPS, ranks, attention only, ...
+    python emoji/table.py --more          # more rows: LPIPS, ranks, attention only, ...
     python emoji/table.py --model emoji/build/varied --rows hipa regression-of-latents   # a copy made by make.py
 
-Every row has the same prompts, batch and optimizer, and as many updates as take the time of 1,100 of HiPA's. The rows
-of MAIN are trained three times, with other first values and another order of the pairs; they show the mean and half the
-spread over the trainings, all other rows over the seeds of noise. Each training has one thread; it is kept in
-`runs/table`, or `runs/table-varied` for a copy of that name.
-Columns: those of `evaluate.py`, and *to 25 steps*, the distance to the frozen model's 25 steps from the same noise
-(DISTS on the evaluation net).
+Every row has the same prompts and batch, and as many updates as take the time of 1,100 of HiPA's on one thread. Each is
+trained three times, with targets, first values and test noise of its own: mean ± standard deviation. * : differs from
+HiPA's row with p < .05 (Welch's test; needs scipy). Trainings are kept in `runs/table`, or `runs/table-varied` for a
+copy of that name. Columns: those of `evaluate.py`, and *to 25 steps*, the distance to the frozen model's 25 steps from
+the same noise (DISTS on the evaluation net). *A mask*: regression's pictures under the unsharp mask of MASKS that has
+the least Fréchet distance on other noise.
 """
 
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from scipy.stats import ttest_ind
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import hipa  # noqa: E402
-from evaluate import FORMATS, HEADER, Evaluation, draw, row  # noqa: E402
+from evaluate import COLUMNS, Evaluation, draw, header, row, sharpened  # noqa: E402
 from lcm import sample_consistency  # noqa: E402
 from lora import LORA_NAME  # noqa: E402
+from progressive import sample_ddim  # noqa: E402
 from sample import Parser, apply_lora, find_lora, number, run, slug  # noqa: E402
 
-MINUTES = 15  # of one thread for 1,100 of HiPA's updates, without AVX-512
-TRAININGS, SEEDS, PER_CLASS = 3, 3, 2  # of each row of MAIN; of the noise; pictures of each thing for each seed
-ALIKE = "--device cpu --data emoji --pairs 1024 --lr 4e-3".split()  # short trainings want a larger rate
+MINUTES = 7  # of one thread for 1,100 of HiPA's updates, with AVX-512; without, twice as many
+TRAININGS, PER_CLASS = 3, 2  # of each row; pictures of each thing
+ALIKE = "--device cpu --data emoji --pairs 1024".split()
+SHORT, PAPER = "--lr 4e-3 ", "--paper --lr 1e-3 "  # short trainings want a larger rate; at 4e-3 the paper's diverge
 LATENT = "--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0"
 MAIN = {  # name: (options of train.py, updates that take as long as 1,100 of HiPA's, steps to sample in)
-    "**HiPA**": ("", 1100, [1]),
-    "without the Fourier term": ("--fourier 0", 1150, [1]),
-    "without the Sobel term": ("--sobel 0", 1140, [1]),
-    "without both": ("--fourier 0 --sobel 0", 1170, [1]),
-    "without the energy term": ("--energy 0", 1130, [1]),
-    "without all three": ("--fourier 0 --sobel 0 --energy 0", 1210, [1]),
-    "as the paper trains": ("--paper", 640, [1]),
-    "regression of latents": (LATENT, 1490, [1]),
+    "**HiPA**": (SHORT, 1100, [1]),
+    "half a head start": (SHORT + "--head-start 0.5", 870, [1]),
+    "regression of latents": (SHORT + LATENT, 1490, [1]),
+    "as the paper trains": (PAPER, 640, [1]),
+    "the same and energy": (PAPER + "--energy 1", 630, [1]),
+    "spatial and energy": (PAPER + "--fourier 0 --sobel 0 --energy 1", 680, [1]),
+    "spatial alone": (PAPER + "--fourier 0 --sobel 0", 710, [1]),
     "LCM-LoRA": ("--lr 2e-4 --later 0", 710, [1, 2, 4]),
+    "progressive distillation": ("--lr 3e-4", 900, [1, 2, 4, 8]),
 }
 MORE = {
-    "without the latents' error": ("--latent 0 --head-start 0", 660, [1]),
-    "without the head start": ("--head-start 0", 640, [1]),
-    "LPIPS in DISTS' place": ("--distance lpips", 1080, [1]),
-    "rank 4": ("--rank 4", 1110, [1]),
+    "without the latents' error": ("--lr 1e-3 --latent 0 --head-start 0", 660, [1]),
+    "LPIPS in DISTS' place": (SHORT + "--distance lpips", 1080, [1]),
+    "rank 4": (SHORT + "--rank 4", 1110, [1]),
     "rank 64": ("--rank 64 --lr 2e-3", 880, [1]),
-    "attention only": ("--layers attention", 1310, [1]),
-    "the latents' error at weight 20": ("--latent 20", 1100, [1]),
+    "attention only": (SHORT + "--layers attention", 1310, [1]),
 }
 ROWS = MAIN | MORE
+SCRIPTS = {"LCM-LoRA": HERE / "lcm.py", "progressive distillation": HERE / "progressive.py"}
+SAMPLERS = {"LCM-LoRA": sample_consistency, "progressive distillation": sample_ddim}
+MASKS = [(sigma, amount) for sigma in (0.5, 1, 2) for amount in (0.15, 0.25, 0.5, 1)]
 
 
 def train(folder, model, name):
     """One training for the model of that name, in a process, unless it is finished. It goes on where it stopped."""
     if (folder / "finished").exists():
         return
-    script = HERE / "lcm.py" if name == "LCM-LoRA" else HERE.parent / "train.py"
-    command = [sys.executable, script, "--out", folder]
+    command = [sys.executable, SCRIPTS.get(name, HERE.parent / "train.py"), "--out", folder]
     if (folder / "settings.json").exists():
         command += ["--resume"]
     else:
@@ -80,6 +83,32 @@ def train(folder, model, name):
     if process.returncode:
         raise hipa.UserError(f"{folder.name} did not end well: see {log.name}")
     (folder / "finished").touch()
+
+
+class Measures:
+    """Measures models with test noise of any seed, each in the columns of the table."""
+
+    formats = (*COLUMNS.values(), "{:.3f}")
+
+    def __init__(self, model, folder):
+        self.frozen, self.drawn = hipa.load(model), {}  # the pictures of 25 steps, for each seed
+        self.evaluation = Evaluation(self.frozen, PER_CLASS, folder)
+
+    def draw(self, model, seed, steps, sample=hipa.sample):
+        return draw(model, self.evaluation.prompts, seed, steps, sample=sample)
+
+    def many_steps(self, seed):
+        if seed not in self.drawn:
+            self.drawn[seed] = self.draw(self.frozen, seed, 25)
+        return self.drawn[seed]
+
+    def of(self, pictures, seed):
+        return [*self.evaluation.measure_all(pictures), self.evaluation.difference(pictures, self.many_steps(seed))]
+
+    def best_mask(self, model):
+        """On noise that no row is measured with."""
+        pictures = self.draw(model, TRAININGS, 1)
+        return min(MASKS, key=lambda mask: self.evaluation.measure_all(sharpened(pictures, *mask))[0])
 
 
 @torch.no_grad()
@@ -98,49 +127,54 @@ def main(argv=None):
     rows = {}  # {name: the folders of its trainings}
     for name in (name for name in ROWS if slug(name) in wanted):
         updates = max(1, round(args.share * ROWS[name][1]))
-        rows[name] = [out / f"{slug(name)}-{seed}-{updates}" for seed in range(TRAININGS if name in MAIN else 1)]
+        rows[name] = [out / f"{slug(name)}-{seed}-{updates}" for seed in range(TRAININGS)]
     missing = [(f, name) for name, folders in rows.items() for f in folders if not (f / "finished").exists()]
     if missing:
         expected = len(missing) * MINUTES * args.share / args.jobs
         print(f"{len(missing)} trainings, about {expected:.0f} minutes where nothing else runs", file=sys.stderr)
-        train(out / "targets-0-1", args.model, "targets")  # makes the targets, which the others share
         missing.sort(key=lambda job: job[0].name.split("-")[-2])  # one training of every row, then the second ones
+        targets = [(out / f"targets-{seed}-1", "targets") for seed in range(TRAININGS)]  # made first: the others share
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: train(job[0], args.model, job[1]), missing))
+            for jobs in (targets, missing):
+                list(pool.map(lambda job: train(job[0], args.model, job[1]), jobs))
 
-    # Of several trainings, the mean over the seeds. The first row makes the pictures of 25 steps.
-    frozen, many_steps = hipa.load(args.model), {}
-    evaluation = Evaluation(frozen, PER_CLASS, checkpoint)
+    measures, best = Measures(args.model, checkpoint), None
 
-    def print_row(name, models, steps, guidance=1.0, rest="| |", **how):
-        table = np.zeros((len(models), SEEDS, len(FORMATS) + 1))
-        for k, seed in np.ndindex(table.shape[:2]):
-            pictures, labels = draw(models[k], evaluation, steps, guidance, seed, PER_CLASS, **how)
-            difference = evaluation.difference(pictures, many_steps.setdefault(seed, pictures))
-            table[k, seed] = [*evaluation.measure(pictures, labels), difference]
-        table = table.mean(axis=1) if len(models) > 1 else table[0]
-        print(row(name, table, (*FORMATS, "{:.3f}")), rest, flush=True)
-
-    def load(path):
+    def load(folder, steps=1):
         model = hipa.load(args.model)
-        apply_lora(model, path)
+        if (path := folder / f"unet-{steps}.safetensors").exists():
+            hipa.read_weights(model.unet, path, torch.float32)
+        else:
+            apply_lora(model, folder / LORA_NAME)
         return model
 
-    print(HEADER.replace("defective |", "defective | to 25 steps | parameters | minutes |") + "---|" * 3)
-    print_row("25 steps", [frozen], 25, frozen.guidance)
-    print_row("plain 1 step", [frozen], 1)
+    def print_row(name, figures, minutes=""):
+        nonlocal best
+        best, marks = figures if name.startswith("**HiPA**") else best, None
+        if best:
+            marks = [" *" if p < 0.05 else "" for p in ttest_ind(figures, best, equal_var=False).pvalue]
+        print(row(name, figures, measures.formats, marks), minutes, flush=True)
+
+    print(header("pictures", *COLUMNS, "to 25 steps", "minutes"))
+    evaluation, seeds = measures.evaluation, range(TRAININGS)
+    print_row("other real pictures", [[*evaluation.measure_all(evaluation.real[0]), np.nan]], "| |")
+    print_row("25 steps", [measures.of(measures.many_steps(seed), seed) for seed in seeds], "| |")
+    print_row("plain 1 step", [measures.of(measures.draw(measures.frozen, seed, 1), seed) for seed in seeds], "| |")
     if shipped := find_lora(None, checkpoint, 1):
-        print_row("the shipped adaptors, 1 step", [load(shipped[0])], 1)
+        model = load(shipped[0].parent)
+        print_row("the shipped adaptors", [measures.of(measures.draw(model, seed, 1), seed) for seed in seeds], "| |")
     for name, folders in rows.items():
-        models = [load(folder / LORA_NAME) for folder in folders]
-        with safe_open(folders[0] / LORA_NAME, "pt") as file:
-            count = sum(file.get_tensor(key).numel() for key in file.keys())
         seconds = [sum(map(float, (f / "processor_seconds").read_text().split())) for f in folders]
-        rest = f"{count:,} | {np.mean(seconds) / 60:.1f} |"
-        how = {"sample": sample_consistency} if name == "LCM-LoRA" else {}
+        minutes, updates = f"{np.mean(seconds) / 60:.1f} |", folders[0].name.rpartition("-")[2]
         for steps in ROWS[name][2]:
-            title = f"{name}, {steps} step{'s' * (steps > 1)}, {folders[0].name.rpartition('-')[2]} updates"
-            print_row(title, models, steps, rest=rest, **how)
+            sampled = partial(measures.draw, steps=steps, sample=SAMPLERS.get(name, hipa.sample))
+            pictures = [sampled(load(folder, steps), seed) for seed, folder in enumerate(folders)]
+            title = f"{name}, {steps} step{'s' * (steps > 1)}, {updates} updates"
+            print_row(title, [measures.of(part, seed) for seed, part in enumerate(pictures)], minutes)
+        if name == "regression of latents":
+            mask = measures.best_mask(load(folders[0]))
+            figures = [measures.of(sharpened(part, *mask), seed) for seed, part in enumerate(pictures)]
+            print_row(f"the same under a mask, σ {mask[0]:g}, times {mask[1]:g}", figures, minutes)
 
 
 if __name__ == "__main__":
