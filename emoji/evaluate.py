@@ -345,7 +345,7 @@ def main(argv=None):
     add("--steps", type=number(int, 1, 1000), default=1, help="UNet evaluations per picture (%(default)s)")
     add("--lora", metavar="PATH[:WEIGHT]", help="(as sample.py)")
     add("--seeds", type=number(int, 1, 1000), default=3, help="repetitions, for the spread (%(default)s)")
-    add("--per-class", type=number(int, 1, OTHER_VIEWS), default=2, help="pictures of each prompt (%(default)s)")
+    add("--per-class", type=number(int, 2, OTHER_VIEWS), default=2, help="pictures of each prompt (%(default)s)")
     add("--model", default="emoji", help="or a copy of it, made by make.py (%(default)s)")
     add("--calibrate", action="store_true", help="measure damaged real pictures instead")
     add("--halves", action="store_true", help="compare half precision with float32 instead")

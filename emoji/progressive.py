@@ -92,16 +92,15 @@ def main(argv=None):
         updates = max(1, round(args.steps * share / sum(SHARES.values())))
         student = replace(teacher, unet=copy.deepcopy(teacher.unet).requires_grad_(True))
         path = args.out / f"unet-{steps}.safetensors"
-        if path.exists():
-            hipa.read_weights(student.unet, path, torch.float32)
-        else:
+        if not path.exists():
             optimizer = torch.optim.Adam(student.unet.parameters(), args.lr, betas=(0.9, 0.99))
             for update in tqdm(range(updates), f"student of {steps} steps", unit="update"):
                 some = pairs_of_step(first + update, args)
                 loss_of(teacher, student, steps, update, pairs.prompts(some), pairs.targets(some), guidance).backward()
                 descend(optimizer, args.lr * min(1, (update + 1) / 10) * (1 - update / updates))
             write_file(path, save({key: tensor.half() for key, tensor in student.unet.state_dict().items()}))
-        teacher, guidance, first = replace(student, unet=student.unet.requires_grad_(False)), 1.0, first + updates
+        hipa.read_weights(student.unet.requires_grad_(False), path, torch.float32)  # as it was kept
+        teacher, guidance, first = student, 1.0, first + updates
     print(path)
 
 

@@ -16,6 +16,7 @@ the least Fréchet distance on other noise.
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,7 @@ def main(argv=None):
             marks = [" *" if p < 0.05 else "" for p in ttest_ind(figures, best, equal_var=False).pvalue]
         print(row(name, figures, measures.formats, marks), minutes, flush=True)
 
+    warnings.filterwarnings("ignore", "Precision loss")  # where all trainings have the same figure
     print(header("pictures", *COLUMNS, "to 25 steps", "minutes"))
     evaluation, seeds = measures.evaluation, range(TRAININGS)
     print_row("other real pictures", [[*evaluation.measure_all(evaluation.real[0]), np.nan]], "| |")

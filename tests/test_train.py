@@ -36,7 +36,7 @@ from losses import DISTS, LPIPS, VGG, HiPALoss
 from training import FLAGS, LORA, PROMPTS, STATE, STEPS, contents, done, log, refused, resume, run, same_run, saved_step
 
 pytest_plugins = "training"
-FIRST, TERMS = train.FIRST_SEED, ["spatial", "fourier", "sobel", "energy"]
+FIRST, TERMS = train.FIRST_SEED + 10**6 * FLAGS["seed"], ["spatial", "fourier", "sobel", "energy"]
 
 
 # ---------------------------------------------------------------------------------------------------------- end to end
@@ -280,16 +280,23 @@ def test_runs_share_targets(begin, finished, tmp_path):
     """With other settings of stage two nothing is made again; for more pairs only what is missing."""
     folder = shutil.copytree(finished.out / "targets", tmp_path / "targets")
     before = contents(folder)
-    done(*begin(targets=folder, steps=1, rank=1, distance="lpips", seed=9, later=0, pairs=16))
+    done(*begin(targets=folder, steps=1, rank=1, distance="lpips", later=0, pairs=16))
     after = contents(folder)
     assert before.items() <= after.items() and {p.name for p in after.keys() - before} == {"000016.safetensors"}
     assert len({path.parent for path in after}) == 1 and not (tmp_path / "run" / "targets").exists()
 
 
 def test_targets_that_are_made_otherwise_are_not_shared(finished, small, tmp_path):
-    """With other settings, or if any file of the checkpoint's five parts differs. Its place and features may differ."""
+    """With other settings or noise, or if a file of the checkpoint's five parts differs. Its place and features may."""
     copy = shutil.copytree(small, tmp_path / "copy", ignore=shutil.ignore_patterns("features"))
-    changes = {}, {"guidance": 2.0}, {"teacher_steps": 4}, {"prompts": PROMPTS[1:]}, {"prompts": PROMPTS[::-1]}
+    changes = (
+        {},
+        {"guidance": 2.0},
+        {"teacher_steps": 4},
+        {"seed": 6},
+        {"prompts": PROMPTS[1:]},
+        {"prompts": PROMPTS[::-1]},
+    )
     folders = {pairs_of(finished, small, **change).folder for change in changes}
     assert len(folders) == len(changes) and pairs_of(finished, copy).folder in folders
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
