@@ -1,37 +1,20 @@
-"""Remakes docs/live.png: the page in Chromium. The tests use the same page, see tests/test_live.py."""
+"""Remakes docs/live.png: the page in Chromium. The tests use the same browser, see tests/test_live.py."""
 
 import shutil
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from PIL import Image  # noqa: E402
-
-from live.__main__ import Painter, Server  # noqa: E402
 
 
 @contextmanager
-def serving(model):
-    """A server of a model, in a thread."""
-    with Server(0, Painter(model, device="cpu")) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-            server.painter.thread.shutdown()
-
-
-@contextmanager
-def chromium(folder, width=1280, height=900):
+def chromium(folder, width=1440, height=900):
     """A browser without a window. Downloads go to the folder."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
@@ -44,15 +27,11 @@ def chromium(folder, width=1280, height=900):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options, Service(shutil.which("chromedriver")))  # this one: Selenium downloads none
     try:
-        resize(browser, width, height)
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         yield browser
     finally:
         browser.quit()
-
-
-def resize(browser, width, height):
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
 def until(condition):
@@ -63,43 +42,18 @@ def until(condition):
         time.sleep(0.01)
 
 
-class Page:
-    """What can be seen of the page and done to it."""
-
-    def __init__(self, browser, address):
-        self.browser = browser
-        browser.get("about:blank")  # so that another # loads it anew
-        browser.get(address)
-
-    def __getitem__(self, selector):
-        return self.browser.find_element("css selector", selector)
-
-    def js(self, script):
-        return self.browser.execute_script("return " + script)
-
-    def picture(self, row="hipa"):
-        """A data URL"""
-        return self[f"[data-row={row}] img"].get_attribute("src")
-
-    def shown(self, prompt, row="hipa", other_than=None):
-        """Waits for a picture of this prompt, and until the page rests -> the picture"""
-        image = f"[data-row={row}] img"
-        until(lambda: (self[image].get_attribute("alt") or "").startswith(prompt + ", "))
-        until(lambda: self.picture(row) != other_than and self.js("busy === null"))
-        return self.picture(row)
-
-
 def main():
-    prompt, path = "a panda on a blue background", ROOT / "docs" / "live.png"
-    with tempfile.TemporaryDirectory() as folder, serving("emoji") as server:
-        with chromium(Path(folder), 1088, 1170) as browser:
-            page = Page(browser, f"{server.address}#prompt={prompt.replace(' ', '+')}&seed=3&compare=true")
-            for _ in range(5):  # the times shown are one reading, of the fifth picture
-                page.shown(prompt, "many")
-                page.js("Object.values(ROWS).forEach((row) => { row.asked = null; }), changed()")
-            page.shown(prompt, "many")
-            time.sleep(1)  # until the pictures have faded in
-            browser.save_screenshot(str(path))
+    path, start = ROOT / "docs" / "live.png", [sys.executable, "live", "--port", "0", "--device", "cpu"]
+    server = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with tempfile.TemporaryDirectory() as folder, chromium(Path(folder)) as browser:
+        browser.get(server.stdout.readline().strip() + "#prompt=a+panda+on+a+blue+background&seed=3&compare=on")
+        for times in range(1, 6):  # those shown are the medians of five
+            until(lambda times=times: browser.execute_script("return busy ? 0 : ROWS.many.times.length") == times)
+            browser.execute_script("for (const row in ROWS) ROWS[row].asked = null; changed()")
+        until(lambda: not browser.execute_script("return busy || document.querySelector('.late')"))
+        time.sleep(1)  # until the pictures have faded in
+        browser.save_screenshot(str(path))
+    server.terminate()
     Image.open(path).convert("RGB").save(path, optimize=True)
     print(path)
 
