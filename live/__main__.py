@@ -41,18 +41,17 @@ MOST_BYTES = 2**23  # of a request
 RADIUS = 0.25  # of the high-pass view's disc, as in train.py
 
 
-class Outdated(Exception):
-    """The page has sent a newer request."""
+class Outdated(UserError):
+    """The page has sent a newer request: status 409."""
 
 
 # --------------------------------------------------------------------------------------------- the adaptors' slider
 class Fader:
-    """Sets networks' weights to W + weight * B A: at weight 0 the frozen model to the bit, at 1 what sample.py merges.
-    Always from the kept W, so that nothing drifts however often the slider moves. The last sum is kept too: going to
-    the frozen model and back, as a comparison does, costs nothing."""
+    """Sets the weights in a ModuleDict of `unet` and `text_encoder` to W + weight * B A: at 0 the frozen model to the bit,
+    at 1 what sample.py merges. Always from the kept W, so that nothing drifts however often the slider moves. The last
+    sum is kept too: going to the frozen model and back, as a comparison does, costs nothing."""
 
     def __init__(self, nets):
-        """nets    a ModuleDict of `unet` and `text_encoder`"""
         self.nets, self.loras, self.layers, self.kept = nets, [], {}, {0: {}}  # kept {weight: {module path: tensor}}
 
     def add(self, factors, weight):
@@ -118,8 +117,7 @@ class Painter:
         device = sample.choose_device(device)
         dtype = getattr(torch, dtype or ("float16" if device == "cuda" else "float32"))
         folder = hipa.find_checkpoint(name, half=dtype != torch.float32)
-        found = [sample.find_lora(lora, folder, steps=1) for lora in loras or [None]]
-        self.name, self.loras = name, [lora for lora in found if lora]
+        self.loras = [lora for text in loras or [None] if (lora := sample.find_lora(text, folder, steps=1))]
         self.model = hipa.load(folder, device, dtype)
         nets = torch.nn.ModuleDict({"unet": self.model.unet, "text_encoder": self.model.text_encoder})
         self.fade = Fader(nets)
@@ -144,7 +142,7 @@ class Painter:
 
     def outdated(self, asked):
         if asked.number < self.newest.get(asked.page, 0):
-            raise Outdated
+            raise Outdated("the page has sent a newer request")
 
     def answer(self, asked):
         """Draws what is asked for, unless the page has thought better of it, and shows it as the loss sees it."""
@@ -152,7 +150,7 @@ class Painter:
         image = decode(asked.image, lambda file: sample.read_picture(file)[0]) if asked.image else None
         mask = decode(asked.mask, lambda file: sample.read_mask(file, image.size)) if image and asked.mask else None
         if mask and not mask.getbbox():
-            raise UserError("paint over what is to be drawn anew: nothing in the mask is white")
+            raise UserError("paint over what is to be drawn anew")
         size, options = sample.picture_size(self.model, image=image), {"steps": asked.steps}
         if image:
             asked.strength = asked.strength or hipa.STRENGTH["inpainting" if mask else "editing"]
@@ -184,10 +182,10 @@ class Painter:
     def parameters(self, asked, size):
         """What sample.py writes into the PNG. The page's pictures have no names of their own."""
         loras = (f"{'/'.join(path.parts[-2:])}:{weight * asked.adaptors:g}" for path, weight in self.loras)
-        guidance = f"{self.model.guidance_at(asked.steps):g}"
         metadata = {
-            "Steps": asked.steps, "Sampler": "DPM++ 2M trailing", "CFG scale": guidance,
-            "Size": f"{size[0]}x{size[1]}", "Model": self.name, "Lora": asked.adaptors and " + ".join(loras),
+            "Steps": asked.steps, "Sampler": "DPM++ 2M trailing",
+            "CFG scale": f"{self.model.guidance_at(asked.steps):g}", "Size": f"{size[0]}x{size[1]}",
+            "Model": self.facts["model"], "Lora": asked.adaptors and " + ".join(loras),
             "Image": asked.image and "image.png", "Denoising strength": asked.image and f"{asked.strength:g}",
             "Mask": asked.mask and "mask.png", "Seed": str(asked.seed),
         }  # fmt: skip
@@ -221,10 +219,6 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.painter, self.address = painter, f"http://127.0.0.1:{self.server_address[1]}/"
 
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exception(), OSError):  # a page that was closed before its answer came is no news
-            super().handle_error(request, client_address)
-
 
 class Handler(BaseHTTPRequestHandler):
     timeout = 10  # seconds for a request that does not come
@@ -244,29 +238,26 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 status, body = 404, "there is nothing at this address"
         except UserError as error:
-            status, body = 400, str(error)
-        except Outdated:
-            status, body = 409, "the page has sent a newer request"
+            status, body = 409 if isinstance(error, Outdated) else 400, str(error)
         except Exception:  # out of memory, say: the terminal has the details, the page has a sentence
             traceback.print_exc()
             status, body = 500, "the drawing failed; the terminal says why"
         self.send_response(status)
         for header in {"Content-Type": f"text/{kind}; charset=utf-8", **HEADERS}.items():
             self.send_header(*header)
-        self.end_headers()
-        self.wfile.write(body.encode())
+        with contextlib.suppress(OSError):  # a page that was closed before its answer came is no news
+            self.end_headers()
+            self.wfile.write(body.encode())
 
     do_POST = do_GET
 
     def read(self):
         """The request's JSON, parsed. Raises UserError."""
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal()) or len(length) > 9 or int(length) > MOST_BYTES:
-            raise UserError(f"a request says how long it is, and has at most {MOST_BYTES:,} bytes")
         try:
-            return json.loads(self.rfile.read(int(length)))
+            length = int(self.headers.get("Content-Length", ""))
+            return json.loads(self.rfile.read(length if 0 <= length <= MOST_BYTES else 0))
         except (TimeoutError, ValueError, RecursionError):
-            raise UserError("the request is not JSON, or did not come to its end") from None
+            raise UserError(f"a request is JSON; it says how long it is, {MOST_BYTES:,} bytes at most") from None
 
     def local(self):
         """Whether the request comes from this machine's own page. A foreign page can send one to us from the user's

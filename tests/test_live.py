@@ -185,7 +185,7 @@ def test_words_that_the_model_does_not_know(server, sd15_like):
 def test_nothing_to_paint(plain):
     whole, mask = url(Image.new("RGB", (32, 32), "blue")), url(Image.new("L", (32, 32)))
     status, answer = post(plain, {"image": whole, "mask": mask})
-    assert status == 400 and "nothing in the mask is white" in answer
+    assert status == 400 and "paint over" in answer
 
 
 def test_no_picture_of_nan(plain, monkeypatch):
@@ -560,9 +560,6 @@ def test_the_hole(server, browser):
     assert 0 < (page.hole() & ~hole).sum() < 2 * brush**2  # one stamp, no line
     page["#undo"].click(), page["#undo"].click()
     assert not page.hole().any()
-    page["canvas"].send_keys("\ue012\ue012 \ue013 ")  # the keyboard's brush: left, left, paint, up, paint
-    rows, columns = np.nonzero(page.hole())
-    assert abs(columns.mean() - 27.5) < 1 and abs(rows.mean() - 30.5) < 1
 
 
 @pytest.mark.slow
