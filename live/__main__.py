@@ -1,7 +1,6 @@
 """The live page: type, and the picture follows, one step for each key stroke.
 
-    python live                                    # the embedded model; open the address that it prints
-    python live --open                             # opens it too
+    python live --open                             # the embedded model; the page opens in the browser
     python live --model sd15 --lora adaptors.safetensors --device cuda
 
 Python's own http.server and one page, index.html, for this machine only. Requests and answers are JSON, the pictures
@@ -15,7 +14,6 @@ import json
 import os
 import sys
 import time
-import traceback
 import warnings
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +45,7 @@ class Outdated(UserError):
 
 # --------------------------------------------------------------------------------------------- the adaptors' slider
 class Fader:
-    """Sets the weights in a ModuleDict of `unet` and `text_encoder` to W + weight * B A: at 0 the frozen model to the bit,
+    """Sets the weights of a ModuleDict (`unet`, `text_encoder`) to W + weight * B A: at 0 the frozen model to the bit,
     at 1 what sample.py merges. Always from the kept W, so that nothing drifts however often the slider moves. The last
     sum is kept too: going to the frozen model and back, as a comparison does, costs nothing."""
 
@@ -126,11 +124,9 @@ class Painter:
                 self.fade.add(load_lora(path, nets), weight)
         examples = folder / "prompts.txt"  # what the embedded model can draw: "🐱 a cat, a cat face, a kitten"
         lines = examples.read_text("utf-8").splitlines() if examples.exists() else []
-        self.facts = {
-            "model": name, "device": device, "side": self.model.side, "strength": hipa.STRENGTH, "radius": RADIUS,
-            "adaptors": bool(self.loras),
-            "examples": [line.partition(" ")[2].split(", ")[0] for line in lines if line[:1] not in "#"],
-        }  # fmt: skip
+        examples = [line.partition(" ")[2].split(", ")[0] for line in lines if line[:1] not in "#"]
+        self.facts = {"model": name, "device": device, "examples": examples, "adaptors": bool(self.loras)}
+        self.facts |= {"side": self.model.side, "strength": hipa.STRENGTH, "radius": RADIUS}
         self.thread, self.newest = ThreadPoolExecutor(max_workers=1), {}  # {page: number}
         self.draw({"prompt": "a cat"})  # the first drawing is slow: not on the user's time
 
@@ -166,17 +162,16 @@ class Painter:
         if not picture:
             raise UserError("the picture is not finite (NaN or inf): the weights are damaged, or need --dtype float32")
         notes = [str(note.message) for note in notes]
-        # Of the embedded model's prompts the tokenizer learned each word as one token.
-        words = self.model.tokenizer.tokenize(asked.prompt) if self.facts["examples"] else []
-        if unknown := [word for word, tokens in words if len(tokens) > 1]:
+        unknown = [word for word, tokens in self.model.tokenizer.tokenize(asked.prompt) if len(tokens) > 1]
+        if unknown and self.facts["examples"]:  # the embedded model's tokenizer learned each word of its prompts as one
             notes.append(f"the model never saw a picture of: {', '.join(unknown)}")
         x = sample.to_tensor(picture)[None]  # (1, 3, H, W)
         side, unit = min(x.shape[2:]), x / 2 + 0.5
         high, edges = (sample.to_pil(2 * view - 1)[0] for view in (high_pass(unit, RADIUS) + 0.5, sobel(unit)))
         return {
             "picture": png(picture, self.parameters(asked, size)), "high_pass": png(high), "sobel": png(edges),
-            "spectrum": radial_power(x[..., :side, :side]).tolist(), "ms": ms,
-            "name": f"{asked.seed}-{sample.slug(asked.prompt)}", "notes": notes,
+            "spectrum": radial_power(x[..., :side, :side]).tolist(), "ms": ms, "notes": notes,
+            "name": f"{asked.seed}-{sample.slug(asked.prompt)}",
         }  # fmt: skip
 
     def parameters(self, asked, size):
@@ -202,12 +197,9 @@ def png(picture, parameters=None):
 
 
 # --------------------------------------------------------------------------------------------------------------- HTTP
-HEADERS = {
-    "Cache-Control": "no-store",
-    # The page is all in one file, and the browser is told so: it may load nothing, from nowhere.
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-}
+# The page is all in one file, and the browser is told so: it may load nothing, from nowhere.
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+POLICY += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 class Server(ThreadingHTTPServer):
@@ -230,9 +222,8 @@ class Handler(BaseHTTPRequestHandler):
             if not self.local():
                 status, body = 403, "this page is for this machine alone"
             elif asked == "GET /":
-                body, kind = (HERE / "index.html").read_text("utf-8"), "html"
-            elif asked == "GET /model":
-                body = json.dumps(self.server.painter.facts)
+                facts = json.dumps(self.server.painter.facts).replace("<", "\\u003c")  # does not end the script
+                body, kind = (HERE / "index.html").read_text("utf-8").replace("FACTS", facts), "html"
             elif asked == "POST /draw":
                 body = json.dumps(self.server.painter.draw(self.read()))
             else:
@@ -240,11 +231,11 @@ class Handler(BaseHTTPRequestHandler):
         except UserError as error:
             status, body = 409 if isinstance(error, Outdated) else 400, str(error)
         except Exception:  # out of memory, say: the terminal has the details, the page has a sentence
-            traceback.print_exc()
+            self.server.handle_error(self.request, self.client_address)
             status, body = 500, "the drawing failed; the terminal says why"
         self.send_response(status)
-        for header in {"Content-Type": f"text/{kind}; charset=utf-8", **HEADERS}.items():
-            self.send_header(*header)
+        self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
+        self.send_header("Content-Security-Policy", POLICY)
         with contextlib.suppress(OSError):  # a page that was closed before its answer came is no news
             self.end_headers()
             self.wfile.write(body.encode())

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
-def chromium(folder, width=1440, height=900):
-    """A browser without a window. Downloads go to the folder."""
+def chromium(folder):
+    """A browser without a window, 1440 x 900. Downloads go to the folder."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -27,8 +27,8 @@ def chromium(folder, width=1440, height=900):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options, Service(shutil.which("chromedriver")))  # this one: Selenium downloads none
     try:
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        size = {"width": 1440, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         yield browser
     finally:
         browser.quit()
@@ -47,15 +47,13 @@ def main():
     server = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     with tempfile.TemporaryDirectory() as folder, chromium(Path(folder)) as browser:
         browser.get(server.stdout.readline().strip() + "#prompt=a+panda+on+a+blue+background&seed=3&compare=on")
-        for times in range(1, 6):  # those shown are the medians of five
-            until(lambda times=times: browser.execute_script("return busy ? 0 : ROWS.many.times.length") == times)
-            browser.execute_script("for (const row in ROWS) ROWS[row].asked = null; changed()")
-        until(lambda: not browser.execute_script("return busy || document.querySelector('.late')"))
+        until(lambda: browser.execute_script("return ROWS.many.answer && !busy"))
+        for _ in range(4):  # the times shown are medians of five
+            browser.execute_script("for (const row in ROWS) ROWS[row].asked = null; return changed()")
         time.sleep(1)  # until the pictures have faded in
         browser.save_screenshot(str(path))
     server.terminate()
     Image.open(path).convert("RGB").save(path, optimize=True)
-    print(path)
 
 
 if __name__ == "__main__":
