@@ -468,8 +468,12 @@ def test_what_is_older_than_the_newest_request_fades(server, browser):
     until(lambda: page.js("!document.querySelector('[data-row=hipa].late')"))
     assert page.js(late) == ["plain", "many"] and page.js(lines) == ["hipa"]
     until(lambda: page.js("document.querySelector('[data-row=plain] img').alt").startswith("a fox"))
-    page.set("prompt", "a bee")  # the 25 steps of the fox are under way
+    page.js("rests = []")
+    page.js("rest = setTimeout, setTimeout = (go, ms) => { rests.push(ms); return rest(go, ms); }")
+    page.js("$('prompt').value = 'a cow', void changed()")  # the 25 steps of the fox are under way
+    page.set("prompt", "a bee")
     page.shown("a bee", "many")
+    assert page.js("rests") == [300]  # the bee did not wait for the cow's
     assert page.js("ROWS.many.times.length") == 2 and page.js(lines) == ["hipa", "plain", "many"]
     page.js("ROWS.hipa.times = [900, 1, 2, 900, 3]")
     page.set("prompt", "a dog")
@@ -529,6 +533,7 @@ def test_the_hole(server, browser):
     given = page.shown("a panda")
     page["[value=inpainting]"].send_keys(" ")
     until(lambda: "paint over" in page["#note"].text)  # no hole yet
+    box = page.js("canvas.getBoundingClientRect()")
     page.mouse("Pressed", (20, 40))  # the first stroke, which makes the message disappear
     page.mouse("Moved", (30, 40))
     page.mouse("Released", (30, 40), buttons=0)
@@ -538,6 +543,7 @@ def test_the_hole(server, browser):
     assert abs(rows.mean() - 40) < 1 and abs(columns.mean() - 25) < 1 and abs(np.ptp(rows) + 1 - brush) <= 2
     before, after = np.asarray(png(given)), np.asarray(png(painted))
     assert same(before[~hole], after[~hole]) and not same(before[hole], after[hole]) and page["#note"].text == ""
+    assert page.js("canvas.getBoundingClientRect()") == box  # it did not jump under the pointer
 
     page.mouse("Moved", (5, 5), buttons=0, button="none")
     for button, number in (("right", 2), ("middle", 4)):
