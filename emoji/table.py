@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save
 from scipy.stats import ttest_ind
 
 HERE = Path(__file__).resolve().parent
@@ -91,17 +92,18 @@ class Measures:
 
     formats = (*COLUMNS.values(), "{:.3f}")
 
-    def __init__(self, model, folder):
-        self.frozen, self.drawn = hipa.load(model), {}  # the pictures of 25 steps, for each seed
+    def __init__(self, model, folder, out):
+        self.frozen, self.out = hipa.load(model), out
         self.evaluation = Evaluation(self.frozen, PER_CLASS, folder)
 
     def draw(self, model, seed, steps, sample=hipa.sample):
         return draw(model, self.evaluation.prompts, seed, steps, sample=sample)
 
     def many_steps(self, seed):
-        if seed not in self.drawn:
-            self.drawn[seed] = self.draw(self.frozen, seed, 25)
-        return self.drawn[seed]
+        path = self.out / f"25-steps-{seed}.safetensors"  # they take minutes
+        if not path.exists():
+            hipa.write_file(path, save({"pictures": self.draw(self.frozen, seed, 25)}))
+        return load_file(path)["pictures"]
 
     def of(self, pictures, seed):
         return [*self.evaluation.measure_all(pictures), self.evaluation.difference(pictures, self.many_steps(seed))]
@@ -139,7 +141,7 @@ def main(argv=None):
             for jobs in (targets, missing):
                 list(pool.map(lambda job: train(job[0], args.model, job[1]), jobs))
 
-    measures, best = Measures(args.model, checkpoint), None
+    measures, best = Measures(args.model, checkpoint, out), None
 
     def load(folder, steps=1):
         model = hipa.load(args.model)
