@@ -246,41 +246,31 @@ def write_results(tests, out):
 
 
 def prove_all(number, seeds):
-    """The table of course/README.md; exit code 1 if anything is not proven."""
+    """A line for each exercise, and the sums; exit code 1 if anything is not proven."""
     import torch
 
     torch.set_num_threads(1)
     from checks import Course
     from proof import prove
 
-    course, total, problems, kinds = Course(ROOT), [0] * 5, [], Counter()
-    numbers = [e.number for e in Project().exercises if number in (None, e.number)]
-    print(
-        "| # | exercise | checks | mistakes caught | and named | other right answers | mutants | of these "
-        "equivalent | check, s |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for n in numbers:
-        exercise, rows = course.exercise(n), []
+    course, total, kinds, problems = Course(ROOT), Counter(), Counter(), []
+    for n in [e.number for e in Project().exercises if number in (None, e.number)]:
+        exercise = course.exercise(n)
         for seed in seeds:
-            rows.append(prove(course, exercise, seed))
-            problems += [f"exercise {n}, seed {seed}: {problem}" for problem in rows[-1]["problems"]]
-        one = rows[0]
-        kinds += one["kinds"]
-        counts = [one[key] for key in ("checks", "mistakes", "right", "mutants", "equivalent")]
-        total = [a + b for a, b in zip(total, counts)]
-        caught, named = (min(r[key] for r in rows) for key in ("caught", "named"))
-        cells = [n, exercise.TITLE, counts[0], f"{caught} of {counts[1]}", named, *counts[2:]]
-        seconds = max(r["of_checks"] for r in rows)
-        print("| " + " | ".join(map(str, cells)) + f" | {seconds:.1f} |", flush=True)
-    names = ["checks", "mistakes", "other right answers", "mutants", "of them equivalent"]
-    shown = ", ".join(f"{count} {name}" for count, name in zip(total, names))
-    print(f"\nSeeds {', '.join(map(str, seeds))}: {shown}; {len(problems)} problems")
-    named, shown = kinds.pop("named", 0), ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-    print(f"Bad conduct: {shown}; {named} of {sum(kinds.values())} told by its kind")
+            counts, of_kinds, seconds, found = prove(course, exercise, seed)
+            problems += [f"exercise {n}, seed {seed}: {problem}" for problem in found]
+        total, kinds = total + counts, kinds + of_kinds
+        print(f"{n:2}  {exercise.TITLE:<36} {listed(counts)}; a check takes {seconds:.1f} s", flush=True)
+    named = kinds.pop("named", 0)
+    print(f"\nSeeds {', '.join(map(str, seeds))}: {listed(total)}; {len(problems)} problems")
+    print(f"Bad conduct: {listed(kinds)}; {named} of {sum(kinds.values())} told by its kind")
     for problem in problems:
         print(f"PROBLEM {problem}")
     return 1 if problems else 0
+
+
+def listed(counts):
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 # ----------------------------------------------------------------------------------------------------- the command line

@@ -86,7 +86,8 @@ def own_answers(course, exercise, request):
 def judge(course, exercise, request, tell):
     """Tells of each function when it begins, of each of its checks, and at the end
     "checks": [[target, name, why, None if right, else what is wrong]] and "hint": a sentence or None."""
-    from checks import Raised, Wrong, in_general
+    from checks import Raised, Wrong, in_general, suspect
+    from cutting import parsed, source_of
 
     seed, paths = request["seed"], request["paths"]
 
@@ -105,8 +106,13 @@ def judge(course, exercise, request, tell):
             checks.append([target, name, exercise.checks[name].why, how])
         failed = next((name for name, r in results.items() if r[0]), None)
         if failed:
-            mistake = course.diagnose(exercise, results, target, seed)
-            hint = mistake["says"] if mistake else in_general(results[failed][1], course.expected[failed, seed])
+            mistake, mine = course.diagnose(exercise, results, target, seed), results[failed][1]
+            crashed = isinstance(mine, Raised) and not isinstance(mine.error, Wrong)
+            if mistake:
+                hint = mistake["says"]
+            elif not crashed and "type" not in exercise.checks[failed].kinds:
+                whole = parsed(source_of(target, course.texts))
+                hint = suspect(answer, whole) or in_general(mine, course.expected[failed, seed])
         tell(done=target, checks=checks, hint=hint)
 
 

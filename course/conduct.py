@@ -47,11 +47,12 @@ class Mixed(RuntimeError):
 
 class Accelerator(TorchDispatchMode):
     """Makes torch's "meta" device, whose tensors have no values, as strict as a GPU: tensors of both devices do not
-    mix, but for numbers. Every value that the CPU asks for is 1, or True."""
+    mix, but for the CPU's numbers. Every value that the CPU asks for is 1, or True."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        devices = {t.device.type for t in tensors if t.ndim or t.is_meta}
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1
         if function is torch.ops.aten._to_copy.default:
@@ -71,7 +72,7 @@ def leaves(value, path, above=()):
     elif id(value) not in above and not any(f(value) for f in (inspect.isroutine, inspect.ismodule, inspect.isclass)):
         inside = value if isinstance(value, dict) else getattr(value, "__dict__", {})
         for k, v in enumerate(value) if isinstance(value, (list, tuple)) else inside.items():
-            if isinstance(k, (str, int, tuple)):
+            if isinstance(k, (str, int, tuple)) and k != "asked":  # what a check's own objects note of their calls
                 yield from leaves(v, f"{path}.{k}", (*above, id(value)))
 
 
@@ -83,6 +84,8 @@ def same(a, b):
 
 def moved(value, tensors=True, to="meta"):
     """On the device "meta", or of a type, a copy: of a layer, of what has a device; of another tensor if `tensors`."""
+    if isinstance(value, torch.device):
+        return torch.device("meta") if to == "meta" else value
     if isinstance(value, torch.Tensor):
         return value.to(to) if tensors and (to == "meta" or value.is_floating_point()) else value
     if isinstance(value, torch.nn.Module):
@@ -123,7 +126,7 @@ class Watch:
             args, kwargs = tree_map(functools.partial(moved, tensors=self.way == "there"), (args, kwargs))
             with Accelerator():
                 result = self.function(*args, **kwargs)
-        if inspect.isroutine(result):
+        if callable(result):
             self.function, self.names = result, [f"argument {k} of the function that it returns" for k in range(1, 9)]
             return self
         found = leaves(args[0] if result is None and args else result, "")
@@ -132,7 +135,7 @@ class Watch:
             "types": {p: v.dtype for p, v in found.items()},
             "devices": {p: v.device.type for p, v in found.items()},
         }
-        self.seen["gradients"] = self.gradients(v for v in found.values() if v.requires_grad)
+        self.seen["gradients"] = self.gradients(v for v in found.values() if v.grad_fn)
         raise Enough
 
     def call(self, args, kwargs):
@@ -198,12 +201,12 @@ def watch(exercise, target, modules, seed, stop, ways, names):
 
 
 # -------------------------------------------------------------------------------------------------------------- judging
-CUT = "what on the way cuts it (detach, no_grad, .data, a number taken out of a tensor)?"
-WRITES = "which of your calls ends in _ or says inplace, or which line assigns with *=, += or []?"
+CUT = "what on the way cuts it (detach, no_grad, .data, torch.tensor(...), a number taken out of a tensor)?"
+WRITES = "which of your calls ends in _ or says inplace, or which line assigns with self.x =, *=, += or []?"
 ELSEWHERE = "with tensors on another device, such as a GPU,"
 
 
-def faults(name, right, mine, untrained):
+def faults(name, right, mine):
     """Yields (kind, sentence) of what differs in a function's conduct. `right`, `mine`: of one call, by `watch`."""
     error = mine.get("error")
     for what in [what for what in mine["settings"] if what not in right["settings"]]:
@@ -221,11 +224,16 @@ def faults(name, right, mine, untrained):
         yield "device", f"{ELSEWHERE} the result of your {name} is on the wrong one"
     gradients = {p: g for p, g in right["gradients"].items() if g is not None and g.isfinite().all()}
     least = max([1e-6, *(1e-3 * g.abs().max() for g in gradients.values())])
-    for path, wanted in gradients.items():
+    for path, wanted in sorted(gradients.items(), key=lambda item: item[0].count(".")):  # arguments themselves first
         size, got = wanted.abs().max(), mine.get("gradients", {}).get(path)
-        if size < least or {name, f"{name} {path}"} & {*untrained}:
+        if got is not None and not got.isfinite().all():
+            yield (
+                "gradient",
+                f"the gradient of your {name} to {path} is NaN or infinite: a root of 0?",
+            )
+        elif size < least:
             continue
-        if error is not None:
+        elif error is not None:
             yield "gradient", f"where gradients are wanted, your {name} raises {type(error).__name__}: {error}"
         elif got is None or not got.any():
             yield "gradient", f"no gradient flows through your {name} to {path}: {CUT}"
@@ -242,7 +250,7 @@ def conduct_check(exercise, target, stop, wrong, kinds, ways, why):
         if g.initial_seed() not in rights:
             rights[g.initial_seed()] = [s if "types" in s and "error" not in s else None for s in seen]
         for right, mine in zip(rights[g.initial_seed()], seen):
-            for kind, says in faults(split(target)[1], right, mine, exercise.UNTRAINED) if right else ():
+            for kind, says in faults(split(target)[1], right, mine) if right else ():
                 if kind in kinds:
                     raise wrong(says, kind)
         return True

@@ -36,7 +36,6 @@ class Exercise:
     POINTS: int
     TARGETS: list[str]  # the functions to write, as "module.Class.function"
     FORBIDDEN: dict[str, str] = field(default_factory=dict)  # {a name that the answer must not use: why}
-    UNTRAINED: list[str] = field(default_factory=list)  # names, or "name argument": no training goes through there
 
 
 def read_exercise(path):

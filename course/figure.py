@@ -19,12 +19,7 @@ def main():
     for number in range(1, 14):
         exercise = course.exercise(number)
         picture = exercise.show(course.reference)[0].convert("RGB")
-        if picture.height > 500:  # the table of exercise 3 is as high as it is wide
-            picture = picture.resize((picture.width * 500 // picture.height, 500), Image.Resampling.LANCZOS)
-        scale = min(1, WIDTH / picture.width)
-        picture = picture.resize(
-            (round(scale * picture.width), round(scale * picture.height)), Image.Resampling.LANCZOS
-        )
+        picture.thumbnail((WIDTH, 500), Image.Resampling.LANCZOS)
         k = heights.index(min(heights))
         columns[k].append((f"{number}  {exercise.TITLE}", picture, heights[k]))
         heights[k] += picture.height + 18 + GAP

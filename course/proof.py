@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from checks import SECONDS, Raised, value_of
-from cutting import Answer, parsed, source_of, split
+from cutting import Answer, parsed, source_of
 
 SWAPS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Lt: ast.LtE, ast.Gt: ast.GtE,
@@ -45,16 +45,43 @@ def changed(node):
     return True
 
 
+def become(node, text):
+    """Makes another expression of a node of a tree, in its place."""
+    new = ast.parse(text, mode="eval").body
+    node.__class__, node.__dict__ = type(new), vars(new)
+
+
+def differs(original, tree):
+    """The first line that differs, before and after."""
+    lines = zip(ast.unparse(original).splitlines(), ast.unparse(tree).splitlines())
+    return next(((b.strip(), a.strip()) for b, a in lines if a != b), ("?", "?"))
+
+
+def left_out(node, defaults):
+    """What a node of a tree becomes if it is forgotten: of f(x, ...) remains x, of x.f(...) remains x; of an argument
+    its default value."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in defaults:
+        yield defaults[node.id]
+    if isinstance(node, ast.Call) and node.args and not isinstance(node.args[0], ast.Starred):
+        yield ast.unparse(node.args[0])
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        yield ast.unparse(node.func.value)
+
+
 def mutants(source):
     """The text of a function -> (what has changed, its tree) for each mechanical change."""
     original = parsed(source)
-    before = ast.unparse(original).splitlines()
-    for i in range(len(list(ast.walk(original)))):
+    given = original.args.args[::-1]
+    defaults = {a.arg: ast.unparse(d) for a, d in zip(given, original.args.defaults[::-1])}
+    defaults |= {original.args.kwarg.arg: "{}"} if original.args.kwarg else {}
+    for i, node in enumerate(ast.walk(original)):
         tree = copy.deepcopy(original)
         if changed(list(ast.walk(tree))[i]):
-            after = ast.unparse(tree).splitlines()
-            lines = [(b.strip(), a.strip()) for b, a in zip(before, after) if a != b]
-            yield "  ->  ".join(lines[0]) if lines else "?", tree
+            yield "  ->  ".join(differs(original, tree)), tree
+        for text in left_out(node, defaults):
+            tree = copy.deepcopy(original)
+            become(list(ast.walk(tree))[i], text)
+            yield "  ->  ".join(differs(original, tree)), tree
 
 
 # ---------------------------------------------------------------------------------------------------------- bad conduct
@@ -98,19 +125,23 @@ def badly(source):
     """The text of a function -> (kind, what has changed, its tree) for each place where its conduct can be made bad."""
     original, proof = parsed(source), "__import__('proof')."
     bound = {n.id for n in ast.walk(original) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    values = {id(n.value): n for n in ast.walk(original) if isinstance(n, (ast.Assign, ast.Return)) and n.value}
+    bare = {id(n.value) for n in ast.walk(original) if getattr(n, "attr", "") in ("device", "dtype", "shape", "ndim")}
+    bare |= {id(n.args[0]) for n in ast.walk(original) if isinstance(n, ast.Call) and ast.unparse(n.func) == "len"}
     for i, node in enumerate(ast.walk(original)):
-        if not isinstance(node, (ast.Assign, ast.Return)) or node.value is None:
-            continue
-        wraps = [("gradient", "cut({})"), ("device", "to_cpu({})")]
-        if isinstance(node, ast.Return):
+        wraps, of = [], values.get(id(node))
+        if of or isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in bare:
+            wraps.append(("gradient", "cut({})"))
+        if of:
+            wraps.append(("device", "to_cpu({})"))
+        if isinstance(of, ast.Return):
             wraps += [("argument", f"spoil({{}}, {a.arg})") for a in original.args.args if a.arg not in bound]
-        if isinstance(node, ast.Return) or isinstance(node.targets[0], ast.Attribute):
+        if isinstance(of, ast.Return) or of and isinstance(of.targets[0], ast.Attribute):
             wraps.append(("type", "double({})"))
         for kind, wrap in wraps:
             tree = copy.deepcopy(original)
-            place = list(ast.walk(tree))[i]
-            place.value = ast.parse(proof + wrap.format(ast.unparse(place.value)), mode="eval").body
-            yield kind, ast.unparse(place).replace(proof, ""), tree
+            become(list(ast.walk(tree))[i], proof + wrap.format(ast.unparse(node)))
+            yield kind, differs(original, tree)[1].replace(proof, ""), tree
     for k in range(len(SET) - bool(original.decorator_list)):  # no_grad puts back what the last one sets
         tree = copy.deepcopy(original)
         tree.body.insert(0, ast.parse(f"{proof}MADE.append({proof}SET[{k}]())").body[0])
@@ -120,10 +151,10 @@ def badly(source):
 def prove_conduct(course, exercise, seed):
     """Yields (target, kind, what has changed, whether it was caught, whether it was told) for each real fault."""
     for target in exercise.TARGETS:
-        checks, name = [exercise.checks[f"{what} of {target}"] for what in ("changes", "conduct")], split(target)[1]
+        checks = [exercise.checks[f"{what} of {target}"] for what in ("changes", "conduct")]
         right = [s for s in checks[1].rights[seed] if s]
         can = {
-            "gradient": name not in exercise.UNTRAINED and any(s["gradients"] for s in right),
+            "gradient": any(s["gradients"] for s in right),
             "device": any("meta" in s["devices"].values() for s in right),
             "SET[2]": not any(s["settings"] for s in right),  # else the function is to draw numbers
         }
@@ -139,11 +170,11 @@ def prove_conduct(course, exercise, seed):
 
 
 def prove(course, exercise, seed):
-    """-> a row of the table, and its "problems": sentences; none if all is proven"""
-    start, problems, useful, caught, named_right = time.process_time(), [], set(), 0, 0
+    """-> how many there were of what, and of each kind of bad conduct; seconds of all checks; problems: sentences."""
+    start, problems, useful, equivalent = time.process_time(), [], set(), set()
     whole = {target: Answer(parsed(source_of(target, course.texts))) for target in exercise.TARGETS}
     reference = course.run(exercise, whole, seed)
-    of_checks = time.process_time() - start
+    seconds = time.process_time() - start
     for name, (how, _) in reference.items():
         value = course.expected[name, seed]
         if how or isinstance(value, Raised):
@@ -160,40 +191,30 @@ def prove(course, exercise, seed):
         if mistake["caught"] not in failed:
             problems.append(f"mistake {mistake['name']!r}: {mistake['caught']} does not catch it ({failed} do)")
             continue
-        caught += 1
         named = course.diagnose(exercise, results, exercise.checks[mistake["caught"]].target, seed)
-        named_right += named is mistake
         if named is not mistake:
             problems.append(f"mistake {mistake['name']!r} is told what is wrong with {named and named['name']!r}")
-    count, kinds, equivalent = 0, Counter(), set()
+
+    def judge(what, found, words):
+        """A fault is found, or declared to change nothing."""
+        known = {part for part in exercise.equivalent if part in what}
+        equivalent.update(known)
+        if bool(found) == bool(known):
+            problems.append(f"{words} {'is found, and declared to change nothing' if known else 'survives'}: {what}")
+
+    count, kinds, names = 0, Counter(), {name for name, f in exercise.checks.items() if not f.kinds}
     for target in exercise.TARGETS:
         for what, node in mutants(source_of(target, course.texts)):
             count += 1
-            results = course.run(exercise, {target: Answer(node)}, seed, seconds=ENDLESS)
-            failed = [name for name, r in results.items() if r[0]]
-            useful |= set(failed)
-            if not failed and what in exercise.equivalent:
-                equivalent.add(what)
-            elif not failed:
-                problems.append(f"a mutant of {target} survives: {what}")
-            elif what in exercise.equivalent:
-                problems.append(f"declared to change nothing, and fails {failed[0]}: {what}")
+            results = course.run(exercise, {target: Answer(node)}, seed, seconds=ENDLESS, short=names <= useful)
+            useful |= (failed := {name for name, r in results.items() if r[0]})
+            judge(what, failed, f"a mutant of {target}")
     for target, kind, what, found, by_kind in prove_conduct(course, exercise, seed):
-        kinds[kind] += 1
-        kinds["named"] += by_kind
-        if what in exercise.equivalent and not found:
-            equivalent.add(what)
-        elif not found:
-            problems.append(f"bad conduct of {target} survives, {kind}: {what}")
-    problems += [
-        f"no mutant is {what!r}, which is declared to change nothing"
-        for what in exercise.equivalent.keys() - equivalent
-    ]
-    problems += [
-        f"the check {name} catches nothing" for name, f in exercise.checks.items() if not f.kinds and name not in useful
-    ]
-    return {
-        "checks": len(exercise.checks), "mistakes": len(exercise.mistakes), "right": len(exercise.right),
-        "mutants": count, "kinds": kinds, "equivalent": len(equivalent), "caught": caught, "named": named_right,
-        "problems": problems, "of_checks": of_checks,
-    }  # fmt: skip
+        kinds += Counter({kind: 1, "named": by_kind})
+        judge(what, found, f"bad conduct of {target}, {kind},")
+    unused = {*exercise.equivalent} - equivalent
+    problems += [f"there is no {part!r}, which is declared to change nothing" for part in unused]
+    problems += [f"the check {name} catches nothing" for name in names - useful]
+    counts = {"checks": exercise.checks, "mistakes": exercise.mistakes, "other right answers": exercise.right}
+    counts = {name: len(found) for name, found in counts.items()} | {"mutants": count, "no change": len(equivalent)}
+    return Counter(counts), kinds, seconds, problems

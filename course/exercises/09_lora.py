@@ -34,7 +34,6 @@ TITLE = "LoRA"
 MINUTES = 40
 POINTS = 10
 TARGETS = ["lora.LoRALinear.forward", "lora.Adapted.adapt", "lora.add_lora", "lora.delta", "lora.merge"]
-UNTRAINED = ["delta"]
 LINEAR, ADAPT, ADD, DELTA, MERGE = TARGETS
 
 
@@ -65,12 +64,7 @@ def switch(m, g):
 def half(m, g):
     layer, x = linear(m, g)
     layer.weight.data, layer.bias.data = layer.weight.data.bfloat16(), layer.bias.data.bfloat16()
-    y = layer(x.bfloat16())
-    layer.weight.data, layer.bias.data = layer.weight.data.float(), layer.bias.data.float()
-    error = ((y - layer(x)).abs().max() / y.abs().max()).item()
-    if error > 0.03:
-        raise Wrong(f"in half precision the result is {100 * error:.0f} % off that in float32")
-    return f"with x in torch.bfloat16 the result is {y.dtype}"
+    return f"with x in torch.bfloat16 the result is {layer(x.bfloat16()).dtype}"
 
 
 @check(ADAPT, "A is drawn anew, evenly, by the number of its inputs; B is 0; both float32; the adaptor is on")
@@ -140,14 +134,8 @@ def frozen(m, g):
 
 @check(DELTA, "the values and the shape, for a linear layer and a convolution")
 def product(m, g):
-    def r(*shape):
-        return torch.randn(*shape, generator=g)
-
-    return {
-        "linear": m.lora.delta(r(3, 6), r(5, 3)),
-        "convolution": m.lora.delta(r(2, 3, 3, 3), r(4, 2, 1, 1)),
-        "factors in half precision": m.lora.delta(r(4, 5).half(), r(5, 4).half()),
-    }
+    shapes = {"linear": ((3, 6), (5, 3)), "convolution": ((2, 3, 3, 3), (4, 2, 1, 1))}
+    return {k: m.lora.delta(*(torch.randn(shape, generator=g) for shape in pair)) for k, pair in shapes.items()}
 
 
 def base(g, dtype=torch.float32):
@@ -178,7 +166,7 @@ def added(m, g):
 def refused(m, g):
     own, loras = base(g)
     before = [p.clone() for p in own.parameters()]
-    shapes = ((2, 7), (5, 2)), ((2, 6), (9, 2)), ((2, 6), (5, 1)), ((1, 6), (5, 2)), ((2, 1), (5, 2)), ((2, 6), (1, 2))
+    shapes = ((2, 7), (5, 2)), ((2, 6), (9, 2)), ((2, 6), (5, 1)), ((1, 6), (5, 2)), ((2, 1), (5, 2)), ((2, 5), (6, 2))
     for A, B in shapes:
         try:
             m.lora.merge(own, {"1": loras["1"], "0": (torch.ones(A), torch.ones(B))})
@@ -201,7 +189,7 @@ def show(m):
             before = w
             rows.append(model.decode(m.hipa.predictor(model, names)(x, 999)))
         model = m.hipa.load("emoji")
-        m.lora.add_lora(model.unet, 16, "all")
+        m.lora.add_lora(model.unet, 16, tuple(loras))
         for path, factors in m.lora.factors(model.unet).items():
             for mine, read in zip(factors, loras[path]):
                 mine.copy_(read)
@@ -210,6 +198,6 @@ def show(m):
     count = sum(a.numel() + b.numel() for a, b in loras.values())
     return sheet(m, pictures, columns=len(rows)), (
         f"ONE step, with HiPA's adaptors ({count:,} numbers) added by your delta at weights {weights}.\n"
-        "Last column: W as it was, and the adaptors beside it by your two forward. It should be as at weight 1.\n"
+        "Last column: W as it was, and the adaptors beside it by your forward. It should be as at weight 1.\n"
         "At 1.5 it is too much. What grows first, and what does that tell of what the adaptors have learned?"
     )

@@ -20,36 +20,22 @@ def code(**changes):
 
 MISTAKES = [
     {"name": "sines first", "caught": "values", "code": {E: [(CAT, "torch.cat([angle.sin(), angle.cos()], dim=1)")]},
-     "says": "Sines come first in yours, as in the transformer paper. The weights of the next layer were trained with another "
-             "order; look at the row of t = 0."},
-    {"name": "interleaved", "caught": "values",
-     "code": {E: [(CAT, "torch.stack([angle.cos(), angle.sin()], dim=2).flatten(1)")]},
+     "says": "Sines come first in yours, as in the transformer paper. The weights of the next layer were trained with another order; look at the row of t = 0."},
+    {"name": "interleaved", "caught": "values", "code": {E: [(CAT, "torch.stack([angle.cos(), angle.sin()], dim=2).flatten(1)")]},
      "says": "Cosine and sine take turns in your rows. In which order were they asked for?"},
     {"name": "half - 1", "caught": "values", "code": {E: [("/ half)", "/ (half - 1))")]},
-     "says": "Your last frequency is exactly 1/10000: you divide by dim / 2 - 1, as another code base does. What is frequency k "
-             "for the last k by the formula above?"},
-    {"name": "rising frequencies", "caught": "values", "code": {E: [("-math.log", "math.log")]},
-     "says": "Your frequencies rise to 10000, so that neighbouring timesteps differ by whole turns. What sign has the exponent?"},
+     "says": "Your last frequency is exactly 1/10000: you divide by dim / 2 - 1, as another code base does. What is frequency k for the last k by the formula above?"},
     {"name": "dim for half", "caught": "values", "code": {E: [("/ half)", "/ dim)")]},
      "says": "Your frequencies stop at 1/100: the slowest clock comes round after 630 timesteps. By what is k divided?"},
-    {"name": "base 1000", "caught": "values", "code": {E: [("10_000", "1_000")]},
-     "says": "The slowest of your clocks is too fast. Is the base the number of timesteps?"},
     {"name": "with 2 pi", "caught": "values", "code": {E: [("timestep.float()[:, None] * frequency", "2 * math.pi * timestep.float()[:, None] * frequency")]},
      "says": "Your angles are 2 pi times as large. Is t * frequency in turns, or already an angle?"},
     {"name": "exponent doubled", "caught": "values", "code": {E: [("/ half)", "* 2 / half)")]},
-     "says": "Your exponents are twice as large: the last frequency is nearly 10000^-2. Two forms of the formula are mixed: "
-             "where k is divided by dim / 2, by what would 2k be divided?"},
-    {"name": "no residual", "caught": "result", "code": code(end="h"),
-     "says": "There is no way around the block in yours. What would a block with all weights 0 give, and what should it?"},
+     "says": "Your exponents are twice as large. Two formulas are mixed: where k is divided by dim / 2, by what would 2k be divided?"},
     {"name": "x for the shortcut", "caught": "result", "code": code(end="h + x if h.shape == x.shape else h"),
      "says": "Where the number of channels changes, your residual is missing. Which layer brings x to the new number?"},
-    {"name": "time at the end", "caught": "result",
-     "code": code(time=f"t = {TIME}", second="self.conv2(F.silu(self.norm2(h))) + t"),
+    {"name": "time at the end", "caught": "result", "code": code(time=f"t = {TIME}", second="self.conv2(F.silu(self.norm2(h))) + t"),
      "says": "Time comes after the second convolution in yours. Could conv2 then do anything that depends on it?"},
-    {"name": "no SiLU on time", "caught": "result", "code": code(time="h = h + self.time_emb_proj(time_emb)[:, :, None, None]"),
-     "says": "Something is missing on the way of time_emb into the block: its projection is given the embedding as it is."},
-    {"name": "SiLU after the convolution", "caught": "result",
-     "code": code(first="F.silu(self.conv1(self.norm1(x)))", second="F.silu(self.conv2(self.norm2(h)))"),
+    {"name": "SiLU after the convolution", "caught": "result", "code": code(first="F.silu(self.conv1(self.norm1(x)))", second="F.silu(self.conv2(self.norm2(h)))"),
      "says": "Norm, convolution, SiLU is your order. Then the block can add hardly anything negative; which order was asked for?"},
     {"name": "no SiLU", "caught": "result", "code": code(first="self.conv1(self.norm1(x))", second="self.conv2(self.norm2(h))"),
      "says": "There is no SiLU between norm and convolution. What are two linear layers in a row worth?"},
@@ -57,8 +43,6 @@ MISTAKES = [
      "says": "Your shortcut takes what norm and SiLU made of x. What is it to take, so that the block can leave x as it is?"},
     {"name": "time multiplied", "caught": "result", "code": code(time=f"h = h * {TIME}"),
      "says": "You multiply by the time. Other networks do; what does this block do with it?"},
-    {"name": "no second norm", "caught": "result", "code": code(second="self.conv2(F.silu(h))"),
-     "says": "One of the two norms is not used. What comes before each SiLU?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "powers", "code": {E: """
@@ -74,4 +58,5 @@ PLACE = "in place or not, the values are the same"
 EQUIVALENT = {
     "h = self.conv1(F.silu(self.norm1(x), inplace=True))  ->  h = self.conv1(F.silu(self.norm1(x), inplace=False))": PLACE,
     "h = self.conv2(F.silu(self.norm2(h), inplace=True))  ->  h = self.conv2(F.silu(self.norm2(h), inplace=False))": PLACE,
+    "angle = timestep[:, None]": "whole numbers times float32 are float32",
 }

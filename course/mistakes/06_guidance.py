@@ -7,10 +7,8 @@ TIMES = "torch.as_tensor(timestep, device=x.device).expand(len(x))"
 X0 = "return model.schedule.predict_x0(x, timestep, prediction)"
 MISTAKES = [
     {"name": "the paper's w", "caught": "guided", "code": {P: [(MIX, "with_text + guidance * (with_text - without)")]},
-     "says": "You begin at `with`: that is the paper's w, which counts from there. What must guidance = 1 give by the formula "
-             "above, and what does yours give?"},
-    {"name": "halves exchanged", "caught": "guided",
-     "code": {P: [("without, with_text = prediction", "with_text, without = prediction")]},
+     "says": "You begin at `with`: that is the paper's w, which counts from there. What must guidance = 1 give by the formula above, and what does yours give?"},
+    {"name": "halves exchanged", "caught": "guided", "code": {P: [("without, with_text = prediction", "with_text, without = prediction")]},
      "says": "The halves are exchanged: yours leads AWAY from the prompt. Which half of the batch came first?"},
     {"name": "wrong direction", "caught": "guided", "code": {P: [(MIX, "without + guidance * (without - with_text)")]},
      "says": "Your difference points away from the prompt. From where to where is it to lead?"},
@@ -18,44 +16,27 @@ MISTAKES = [
      "says": "Yours is the difference alone. What becomes of all that both answers agree on?"},
     {"name": "mean", "caught": "guided", "code": {P: [(MIX, "(without + guidance * with_text) / (1 + guidance)")]},
      "says": "A weighted MEAN of both answers lies between them. Where is guidance to lead?"},
-    {"name": "negative prompt ignored", "caught": "guided", "code": {P: [("[negative] * len(prompts)", '[""] * len(prompts)')]},
-     "says": "`negative` has no effect in yours: the first half is always told the empty prompt."},
     {"name": "guided for ever", "caught": "plain", "code": {P: [("guided = guidance > 1", "guided = True")]},
      "says": "You always ask twice. With guidance 1, what does the formula leave of `without`?"},
-    {"name": "never guided", "caught": "guided", "code": {P: [("guided = guidance > 1", "guided = False")]},
-     "says": "`guidance` has no effect in yours."},
     {"name": "the network's answer for x0", "caught": "plain", "code": {P: [(X0, "return prediction")]},
      "says": "You return the network's own answer, the noise or v. What was the function to return?"},
-    {"name": "encoded at every step", "caught": "cost",
-     "code": {P: [("        x_in, timesteps = x,", "        context = " + BOTH + "\n        x_in, timesteps = x,")]},
+    {"name": "encoded at every step", "caught": "cost", "code": {P: [("        x_in, timesteps = x,", "        context = " + BOTH + "\n        x_in, timesteps = x,")]},
      "says": "You encode the text at every step, though it never changes. Which code runs once, and which at each step?"},
-    {"name": "one timestep for all", "caught": "own_timesteps",
-     "code": {P: [(TIMES, "torch.as_tensor(timestep).flatten()[:1].expand(len(x))")]},
+    {"name": "one timestep for all", "caught": "own_timesteps", "code": {P: [(TIMES, "torch.as_tensor(timestep).flatten()[:1].expand(len(x))")]},
      "says": "Every picture gets the first picture's timestep. A tensor (B,) has one for each."},
     {"name": "half precision arithmetic", "caught": "half", "code": {P: [(", context).float()", ", context)")]},
-     "says": "The network's answer stays in half precision through all that follows. Guidance and the division by alpha enlarge "
-             "its rounding errors: when should it be converted?"},
-    {"name": "not cast", "caught": "half", "code": {P: [("x_in.to(model.dtype)", "x_in")]},
-     "says": "The latents go into the network in float32, whatever the network computes in."},
-    {"name": "texts taking turns", "caught": "guided",
-     "code": {P: [("[negative] * len(prompts) + list(prompts) if guided",
+     "says": "The network's answer stays in half precision; guidance and the division by alpha enlarge its rounding. When is it converted?"},
+    {"name": "texts taking turns", "caught": "guided", "code": {P: [("[negative] * len(prompts) + list(prompts) if guided",
                    "[t for p in prompts for t in (negative, p)] if guided")]},
-     "says": "Your texts take turns (negative, prompt, negative, prompt, ...), your latents come all once, then all again. Which "
-             "latent meets which text?"},
+     "says": "Your texts take turns (negative, prompt, negative, prompt, ...), your latents come all once, then all again. Which latent meets which text?"},
     {"name": "guided twice", "caught": "guided", "code": {P: [(MIX, "without + guidance**2 * (with_text - without)")]},
      "says": "The difference is made larger than `guidance` says."},
-    {"name": "timestep handed on as it is", "caught": "plain", "code": {P: [(TIMES, "timestep")]},
-     "says": "You hand the timestep on as it is. The network takes a tensor with one for each latent: what if `timestep` is an int?"},
     {"name": "guided below 1", "caught": "plain", "code": {P: [("guided = guidance > 1", "guided = guidance != 1")]},
      "says": "Guidance 0.5 asks twice in yours. Is 1 the only guidance at which one question is enough?"},
-    {"name": "timesteps taking turns", "caught": "own_timesteps",
-     "code": {P: [("torch.cat([timesteps, timesteps])", "timesteps.repeat_interleave(2)")]},
-     "says": "Your timesteps take turns (t1, t1, t2, t2, ...), your latents come all once, then all again. Which latent meets "
-             "which timestep?"},
-    {"name": "guidance in half precision", "caught": "half",
-     "code": {P: [(", context).float()", ", context)"), (MIX, f"({MIX}).float()")]},
-     "says": "You convert to float32 after the guidance: the difference of two answers that are nearly equal is taken in half "
-             "precision, and then made larger. What should come first?"},
+    {"name": "timesteps taking turns", "caught": "own_timesteps", "code": {P: [("torch.cat([timesteps, timesteps])", "timesteps.repeat_interleave(2)")]},
+     "says": "Your timesteps take turns (t1, t1, t2, t2, ...), your latents come all once, then all again. Which latent meets which timestep?"},
+    {"name": "guidance in half precision", "caught": "half", "code": {P: [(", context).float()", ", context)"), (MIX, f"({MIX}).float()")]},
+     "says": "You convert to float32 after the guidance, which enlarges the rounding of a small difference. What should come first?"},
 ]  # fmt: skip
 RIGHT = [
     {"name": "guided x0", "code": {P: """
@@ -75,3 +56,7 @@ def predictor(model, prompts, guidance=1.0, negative=""):
         (BOTH, "torch.cat([model.encode_text(t) for t in ([[negative] * len(prompts)] if guided else []) + [list(prompts)]])")]}},
     {"name": "other order of terms", "code": {P: [(MIX, "guidance * with_text + (1 - guidance) * without")]}},
 ]  # fmt: skip
+EQUIVALENT = {
+    "if guided else prompts)": "prompts are a list",
+    "+ prompts if guided": "prompts are a list",
+}
