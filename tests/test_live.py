@@ -487,7 +487,7 @@ def test_what_is_older_than_the_newest_request_fades(server, browser):
 def test_a_server_that_does_not_answer_or_starts_again(server, browser):
     page = Page(browser, server.address + "#prompt=a+panda")
     first, gate = page.shown("a panda"), threading.Event()
-    server.painter.thread.submit(gate.wait)
+    server.painter.thread.submit(gate.wait, 20)  # seconds at most
     page.js("patience = 400")
     page.set("prompt", "a fox")
     until(lambda: "does not answer" in page["#note"].text and page.js("!busy"))
