@@ -198,6 +198,10 @@ def test_a_file_may_be_written_in_any_style(project, emptied, here, tmp_path, st
 
 BAD = {
     "no gradient flows": (3, "unet.ResnetBlock.forward", "F.silu(time_emb)", "F.silu(time_emb).detach()"),
+    "only a part of the gradient": (7, "hipa.dpm_solver", "previous = x0, lam", "previous = x0.detach(), lam"),
+    "to model.text": (6, "hipa.predictor", "timesteps, context)", "timesteps, context.detach())"),
+    "is NaN or infinite": (8, "losses.sobel", "(gradient.square().sum(2) + 1e-8).sqrt()",
+                           "gradient.square().sum(2).sqrt().clamp(min=1e-4)"),
     "is torch.float64": (3, "unet.sinusoidal_embedding", "dim=1)", "dim=1).double()"),
     "is on the CPU": (8, "losses.sobel", "x.new_tensor(", "torch.tensor("),
     "changes x itself": (8, "losses.high_pass", "x.float()", "x.mul_(1.5).float() / 1.5"),
@@ -216,6 +220,29 @@ def test_bad_conduct_is_told_and_costs_no_other_function(project, here, says):
     assert any(says in (how or "") for *_, how in result.checks), result.checks
     assert {t for t, state in result.state.items() if state == "wrong"} == {target}
     assert torch.get_default_dtype() == torch.float32
+
+
+CLAMPED = """alpha, sigma = self.alpha_sigma(timestep)
+        x = alpha * x - sigma * prediction if "v_" in self.prediction_type else (x - sigma * prediction) / alpha
+        return x.clamp(-1, 1)"""
+FIRST_RADIUS = """if not KEPT:
+        down, across = torch.fft.fftfreq(x.shape[-2])[:, None], torch.fft.rfftfreq(x.shape[-1])
+        KEPT.append(torch.hypot(down, across) * 2 > radius)
+    return torch.fft.irfft2(torch.fft.rfft2(x.float()) * KEPT[0], s=x.shape[-2:])
+
+
+KEPT = []"""
+HINTS = {
+    "do not use `noise`": (5, ADD, "return self.alpha_sigma(timestep)[0] * x0"),
+    "cut off at -1 and 1": (5, "hipa.Schedule.predict_x0", CLAMPED),
+    "keep in KEPT": (8, "losses.high_pass", FIRST_RADIUS),
+}
+
+
+@pytest.mark.parametrize("says", HINTS)
+def test_a_hint_says_what_is_unused_cut_off_or_kept(project, emptied, here, says):
+    number, target, body = HINTS[says]
+    assert says in judge(project, number, filled(emptied, target, body)).hints[target]
 
 
 def test_a_typo_in_another_function_of_the_file_blocks_nothing(project, here):
