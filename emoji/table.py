@@ -102,7 +102,7 @@ class Measures:
     def many_steps(self, seed):
         path = self.out / f"25-steps-{seed}.safetensors"  # they take minutes
         if not path.exists():
-            hipa.write_file(path, save({"pictures": self.draw(self.frozen, seed, 25)}))
+            hipa.write_file(path, save({"pictures": self.draw(self.frozen, seed, 25).contiguous()}))
         return load_file(path)["pictures"]
 
     def of(self, pictures, seed):
