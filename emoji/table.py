@@ -161,12 +161,12 @@ def main(argv=None):
     warnings.filterwarnings("ignore", "Precision loss")  # where all trainings have the same figure
     print(header("pictures", *COLUMNS, "to 25 steps", "minutes"))
     evaluation, seeds = measures.evaluation, range(TRAININGS)
-    print_row("other real pictures", [[*evaluation.measure_all(evaluation.real[0]), np.nan]], "| |")
-    print_row("25 steps", [measures.of(measures.many_steps(seed), seed) for seed in seeds], "| |")
-    print_row("plain 1 step", [measures.of(measures.draw(measures.frozen, seed, 1), seed) for seed in seeds], "| |")
+    print_row("other real pictures", [[*evaluation.measure_all(evaluation.real[0]), np.nan]], "|")
+    print_row("25 steps", [measures.of(measures.many_steps(seed), seed) for seed in seeds], "|")
+    print_row("plain 1 step", [measures.of(measures.draw(measures.frozen, seed, 1), seed) for seed in seeds], "|")
     if shipped := find_lora(None, checkpoint, 1):
         model = load(shipped[0].parent)
-        print_row("the shipped adaptors", [measures.of(measures.draw(model, seed, 1), seed) for seed in seeds], "| |")
+        print_row("the shipped adaptors", [measures.of(measures.draw(model, seed, 1), seed) for seed in seeds], "|")
     for name, folders in rows.items():
         seconds = [sum(map(float, (f / "processor_seconds").read_text().split())) for f in folders]
         minutes, updates = f"{np.mean(seconds) / 60:.1f} |", folders[0].name.rpartition("-")[2]

@@ -55,3 +55,14 @@ def test_lengths_of_files():
     assert told == pytest.approx(
         {path.name: path.read_text("utf-8").count("\n") for path in ROOT.glob("*.py")}, rel=0.03
     )
+
+
+def test_figures_are_in_a_table():
+    """Each figure of the README's results and limits, and of what paper.md calls measured, is one of docs/results.md,
+    where a command stands above it."""
+    results, paper = PAGES["results.md"].read_text("utf-8"), PAGES["paper.md"].read_text("utf-8")
+    claims = re.findall(r"^## (?:Results|Limits)\n(.*?)^## ", README, re.M | re.S)
+    claims += [line.split(" | ")[2] for line in paper.splitlines() if line.startswith("| ") and line.count(" | ") > 2]
+    figures = re.findall(r"(?<![\w./])\d+\.\d+(?: %| ×)?(?![\w/]|\.\d)", " ".join(claims))
+    missing = [figure for figure in figures if figure not in results]
+    assert len(figures) > 30 and not missing
