@@ -102,7 +102,11 @@ def loss(m, **weights):
 @check(HIPA, "the four terms with their weights")
 def terms(m, g):
     x, y = (p * 2 - 1 for p in pair(g))
-    cases = {"radius 0.25": (0.25, x, y), "radius 0.4": (0.4, x, y), "half precision": (0.4, x.half(), y.half())}
+    cases = {
+        "radius 0.25": (0.25, x, y),
+        "radius 0.4": (0.4, x, y),
+        "half precision": (0.4, x.bfloat16(), y.bfloat16()),
+    }
     cases["a flat picture"] = 0.4, torch.zeros_like(x), y
     return {name: dict(sorted(loss(m, radius=r)(a, b).items())) for name, (r, a, b) in cases.items()}
 
