@@ -206,13 +206,13 @@ def boxes(pictures):
 
 
 def enlarged(pictures, side=53):
-    """The thing in each of the pictures (B, 3, 64, W), moved to the middle and enlarged to `side` pixels of 64, as the
-    evaluation net knows it: (B, 3, 64, 64)."""
-    width, theta = pictures.shape[3], torch.zeros(len(pictures), 2, 3)
+    """The thing in each of the pictures (B, 3, 64, 64), moved to the middle and enlarged to `side` pixels of 64, as the
+    evaluation net knows it; same shape."""
+    theta = torch.zeros(len(pictures), 2, 3)
     x, y, length = boxes(pictures).T
-    theta[:, 0, 0], theta[:, 0, 2] = length / side * SIZE / width, 2 * x / width - 1
+    theta[:, 0, 0], theta[:, 0, 2] = length / side, 2 * x / SIZE - 1
     theta[:, 1, 1], theta[:, 1, 2] = length / side, 2 * y / SIZE - 1
-    places = F.affine_grid(theta, (len(pictures), 3, SIZE, SIZE), align_corners=False)
+    places = F.affine_grid(theta, pictures.shape, align_corners=False)
     return F.grid_sample(pictures, places, "bicubic", "border", align_corners=False).clamp(-1, 1)
 
 
@@ -252,7 +252,7 @@ class Evaluation:
         """Pictures (N, 3, 64, 64) in [-1, 1] of single things, their classes (N,) -> [recognition, Fréchet, edges]"""
         pictures = as_stored(pictures)
         features = torch.cat([self.net.features(part) for part in pictures.split(256)])
-        recognised = (self.classes(pictures) == labels).float().mean().item()
+        recognised = (self.net.head(features).argmax(1) == labels).float().mean().item()
         edges = high_frequency_energy(pictures)[0] / self.copies_energy
         return [100 * recognised, frechet(features, self.reference_features), edges]
 
