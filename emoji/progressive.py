@@ -58,8 +58,8 @@ def timesteps(schedule, steps):
 @torch.no_grad()
 def sample_ddim(model, prompts, seeds, steps, guidance=1.0):
     """In the place of `hipa.sample`, by DDIM. Guidance was learned and is not used."""
-    side = model.unet.config.sample_size
-    x, times = hipa.noise(seeds, 4, side, side), timesteps(model.schedule, steps)
+    side, times = model.unet.config.sample_size, timesteps(model.schedule, steps).to(model.device)
+    x = hipa.noise(seeds, 4, side, side).to(model.device)
     predict_x0 = hipa.predictor(model, prompts)
     for start, end in zip(times, times[1:]):
         start, end = start.expand(len(x)), end.expand(len(x))
@@ -72,8 +72,8 @@ def loss_of(teacher, student, steps, update, prompts, x0, guidance):
     schedule, generator = student.schedule, seeded("progressive", steps, update)
     times = timesteps(schedule, 2 * steps)  # every second one is the student's
     k = 2 * torch.randint(steps, (len(x0),), generator=generator)
-    start, middle, end = times[k], times[k + 1], times[k + 2]
-    x = schedule.add_noise(x0, start, torch.randn(x0.shape, generator=generator))
+    start, middle, end = (times[k + i].to(x0.device) for i in range(3))
+    x = schedule.add_noise(x0, start, torch.randn(x0.shape, generator=generator).to(x0.device))
     with torch.no_grad():
         wanted = target(schedule, hipa.predictor(teacher, prompts, guidance), x, start, middle, end)
     error = hipa.predictor(student, prompts)(x, start) - wanted
@@ -100,6 +100,7 @@ def main(argv=None):
                 descend(optimizer, args.lr * min(1, (update + 1) / 10) * (1 - update / updates))
             write_file(path, save({key: tensor.half() for key, tensor in student.unet.state_dict().items()}))
         hipa.read_weights(student.unet.requires_grad_(False), path, torch.float32)  # as it was kept
+        student.unet.to(student.device)
         teacher, guidance, first = student, 1.0, first + updates
     print(path)
 

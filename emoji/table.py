@@ -38,13 +38,14 @@ from sample import Parser, apply_lora, find_lora, number, run, slug  # noqa: E40
 
 MINUTES = 7  # of one thread for 1,100 of HiPA's updates, with AVX-512; without, twice as many
 TRAININGS, PER_CLASS = 3, 2  # of each row; pictures of each thing
-ALIKE = "--device cpu --data emoji --pairs 1024".split()
-SHORT, PAPER = "--lr 4e-3 ", "--paper --lr 1e-3 "  # short trainings want a larger rate; at 4e-3 the paper's diverge
+ALIKE = "--data emoji --dtype float32 --pairs 1024".split()
+PAPER = "--paper --lr 1e-3 "  # at 4e-3 it diverges
 LATENT = "--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0"
 MAIN = {  # name: (options of train.py, updates that take as long as 1,100 of HiPA's, steps to sample in)
-    "**HiPA**": (SHORT, 1100, [1]),
-    "half a head start": (SHORT + "--head-start 0.5", 870, [1]),
-    "regression of latents": (SHORT + LATENT, 1490, [1]),
+    "**HiPA**": ("", 1100, [1]),
+    "half a head start": ("--head-start 0.5", 870, [1]),
+    "no head start": ("--head-start 0", 620, [1]),
+    "regression of latents": (LATENT, 1490, [1]),
     "as the paper trains": (PAPER, 640, [1]),
     "the same and energy": (PAPER + "--energy 1", 630, [1]),
     "spatial and energy": (PAPER + "--fourier 0 --sobel 0 --energy 1", 680, [1]),
@@ -53,11 +54,10 @@ MAIN = {  # name: (options of train.py, updates that take as long as 1,100 of Hi
     "progressive distillation": ("--lr 3e-4", 900, [1, 2, 4, 8]),
 }
 MORE = {
-    "without the latents' error": ("--lr 1e-3 --latent 0 --head-start 0", 660, [1]),
-    "LPIPS in DISTS' place": (SHORT + "--distance lpips", 1080, [1]),
-    "rank 4": (SHORT + "--rank 4", 1110, [1]),
-    "rank 64": ("--rank 64 --lr 2e-3", 880, [1]),
-    "attention only": (SHORT + "--layers attention", 1310, [1]),
+    "LPIPS in DISTS' place": ("--distance lpips", 1080, [1]),
+    "rank 4": ("--rank 4", 1110, [1]),
+    "rank 64": ("--rank 64 --lr 1e-3", 880, [1]),
+    "attention only": ("--layers attention", 1310, [1]),
 }
 ROWS = MAIN | MORE
 SCRIPTS = {"LCM-LoRA": HERE / "lcm.py", "progressive distillation": HERE / "progressive.py"}
@@ -65,7 +65,7 @@ SAMPLERS = {"LCM-LoRA": sample_consistency, "progressive distillation": sample_d
 MASKS = [(sigma, amount) for sigma in (0.5, 1, 2) for amount in (0.15, 0.25, 0.5, 1)]
 
 
-def train(folder, model, name):
+def train(folder, model, device, name):
     """One training for the model of that name, in a process, unless it is finished. It goes on where it stopped."""
     if (folder / "finished").exists():
         return
@@ -74,7 +74,7 @@ def train(folder, model, name):
         command += ["--resume"]
     else:
         *_, seed, updates = folder.name.split("-")
-        command += [*ALIKE, "--model", model, "--seed", seed, "--steps", updates]
+        command += [*ALIKE, "--device", device, "--model", model, "--seed", seed, "--steps", updates]
         command += ["--targets", folder.parent / "targets", *(ROWS[name][0].split() if name in ROWS else [])]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".log"), "w") as log:
@@ -92,9 +92,9 @@ class Measures:
 
     formats = (*COLUMNS.values(), "{:.3f}")
 
-    def __init__(self, model, folder, out):
-        self.frozen, self.out = hipa.load(model), out
-        self.evaluation = Evaluation(self.frozen, PER_CLASS, folder)
+    def __init__(self, frozen, folder, out):
+        self.frozen, self.out = frozen, out
+        self.evaluation = Evaluation(frozen, PER_CLASS, folder)
 
     def draw(self, model, seed, steps, sample=hipa.sample):
         return draw(model, self.evaluation.prompts, seed, steps, sample=sample)
@@ -120,6 +120,7 @@ def main(argv=None):
     parser.add_argument("--model", default="emoji", help="(%(default)s)")
     parser.add_argument("--out", type=Path, help="(runs/table; of a copy: runs/table-NAME)")
     parser.add_argument("--rows", nargs="+", choices=[slug(name) for name in ROWS], help="only these")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="(%(default)s)")
     parser.add_argument("--jobs", type=number(int, 1, 1000), default=2, help="trainings at a time (%(default)s)")
     parser.add_argument("--share", type=number(float, 0, 100), default=1.0, help="of the updates (%(default)s)")
     parser.add_argument("--more", action="store_true", help="the rows of MORE too")
@@ -139,14 +140,15 @@ def main(argv=None):
         targets = [(out / f"targets-{seed}-1", "targets") for seed in range(TRAININGS)]  # made first: the others share
         with ThreadPoolExecutor(args.jobs) as pool:
             for jobs in (targets, missing):
-                list(pool.map(lambda job: train(job[0], args.model, job[1]), jobs))
+                list(pool.map(lambda job: train(job[0], args.model, args.device, job[1]), jobs))
 
-    measures, best = Measures(args.model, checkpoint, out), None
+    measures, best = Measures(hipa.load(args.model, args.device), checkpoint, out), None
 
     def load(folder, steps=1):
-        model = hipa.load(args.model)
+        model = hipa.load(args.model, args.device)
         if (path := folder / f"unet-{steps}.safetensors").exists():
             hipa.read_weights(model.unet, path, torch.float32)
+            model.unet.to(model.device)
         else:
             apply_lora(model, folder / LORA_NAME)
         return model

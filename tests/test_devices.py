@@ -3,6 +3,9 @@
 The device is torch's "meta": its tensors have shapes but no values. `Accelerator` makes it as strict as a real one.
 """
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,8 +14,14 @@ from torch.utils._pytree import tree_leaves
 import hipa
 import sample
 import train
-from lora import LORA_NAME
+from conftest import ROOT
+from lora import LORA_NAME, add_lora
 from test_compile import small_distance, small_model
+
+sys.path.insert(0, str(ROOT / "emoji"))
+
+import lcm  # noqa: E402
+import progressive  # noqa: E402
 
 PROMPTS, SEEDS, SIZE = ["a cat", "a dog"], [0, 1], (2, 3, 20, 28)
 DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -98,3 +107,17 @@ def test_training(sd15_like, tmp_path, monkeypatch):
     sample.apply_lora(model, tmp_path / "run" / LORA_NAME, 0.5)
     assert all(weight.is_meta for weight in model.unet.parameters())
     assert hipa.sample(model, PROMPTS, SEEDS, 1).is_meta
+
+
+@pytest.mark.parametrize("sample", [lcm.sample_consistency, progressive.sample_ddim])
+def test_samplers_of_the_peers(sample):
+    assert sample(hipa.load("emoji", "meta"), PROMPTS, SEEDS, 2).is_meta
+
+
+def test_losses_of_the_peers():
+    """Of LCM and of progressive distillation, in emoji/."""
+    teacher, model, x0 = hipa.load("emoji", "meta"), hipa.load("emoji", "meta"), torch.zeros(2, 4, 16, 16, device="meta")
+    assert progressive.loss_of(teacher, model, 2, 0, PROMPTS, x0, 2.0).is_meta
+    add_lora(model.unet, 2)
+    batch = SimpleNamespace(prompts=PROMPTS, x0=x0)
+    assert lcm.loss_of(SimpleNamespace(seed=0, guidance=2.0), model, None, 0, batch)["consistency"].is_meta
