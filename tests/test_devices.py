@@ -116,7 +116,11 @@ def test_samplers_of_the_peers(sample):
 
 def test_losses_of_the_peers():
     """Of LCM and of progressive distillation, in emoji/."""
-    teacher, model, x0 = hipa.load("emoji", "meta"), hipa.load("emoji", "meta"), torch.zeros(2, 4, 16, 16, device="meta")
+    teacher, model, x0 = (
+        hipa.load("emoji", "meta"),
+        hipa.load("emoji", "meta"),
+        torch.zeros(2, 4, 16, 16, device="meta"),
+    )
     assert progressive.loss_of(teacher, model, 2, 0, PROMPTS, x0, 2.0).is_meta
     add_lora(model.unet, 2)
     batch = SimpleNamespace(prompts=PROMPTS, x0=x0)
