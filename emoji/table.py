@@ -39,7 +39,7 @@ from sample import Parser, apply_lora, find_lora, number, run, slug  # noqa: E40
 MINUTES = 7  # of one thread for 1,100 of HiPA's updates, with AVX-512; without, twice as many
 TRAININGS, PER_CLASS = 3, 2  # of each row; pictures of each thing
 ALIKE = "--data emoji --dtype float32 --pairs 1024".split()
-PAPER = "--paper --lr 1e-3 "  # at 4e-3 it diverges
+PAPER = "--paper --lr 1e-3 "  # 4e-3 diverges: the picture terms' gradients hardly agree between batches
 LATENT = "--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0"
 MAIN = {  # name: (options of train.py, updates that take as long as 1,100 of HiPA's, steps to sample in)
     "**HiPA**": ("", 1100, [1]),
@@ -54,6 +54,7 @@ MAIN = {  # name: (options of train.py, updates that take as long as 1,100 of Hi
     "progressive distillation": ("--lr 3e-4", 900, [1, 2, 4, 8]),
 }
 MORE = {
+    "without energy": ("--energy 0", 1110, [1]),
     "LPIPS in DISTS' place": ("--distance lpips", 1080, [1]),
     "rank 4": ("--rank 4", 1110, [1]),
     "rank 64": ("--rank 64 --lr 1e-3", 880, [1]),
@@ -114,6 +115,11 @@ class Measures:
         return min(MASKS, key=lambda mask: self.evaluation.measure_all(sharpened(pictures, *mask))[0])
 
 
+def p_values(figures, others):
+    """Of each column of two rows (three trainings each), by Welch's test."""
+    return ttest_ind(figures, others, equal_var=False).pvalue
+
+
 @torch.no_grad()
 def main(argv=None):
     parser = Parser(__doc__)
@@ -157,7 +163,7 @@ def main(argv=None):
         nonlocal best
         best, marks = figures if name.startswith("**HiPA**") else best, None
         if best:
-            marks = [" *" if p < 0.05 else "" for p in ttest_ind(figures, best, equal_var=False).pvalue]
+            marks = [" *" if p < 0.05 else "" for p in p_values(figures, best)]
         print(row(name, figures, measures.formats, marks), minutes, flush=True)
 
     warnings.filterwarnings("ignore", "Precision loss")  # where all trainings have the same figure
@@ -181,6 +187,8 @@ def main(argv=None):
             mask = measures.best_mask(load(folders[0]))
             figures = [measures.of(sharpened(part, *mask), seed) for seed, part in enumerate(pictures)]
             print_row(f"the same under a mask, σ {mask[0]:g}, times {mask[1]:g}", figures, minutes)
+            if best:
+                print(row("p of this difference to HiPA", [p_values(figures, best)], ["{:.3f}"] * 6), "|", flush=True)
 
 
 if __name__ == "__main__":

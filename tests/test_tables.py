@@ -263,6 +263,8 @@ def test_a_star_where_welch_says_so(few, monkeypatch, capsys, tmp_path):
     )
     assert regression[0] == "0.71 ± 0.01 *" and not regression[4].endswith("*") and regression[-1].startswith("2.0")
     assert mask[0].endswith("*") and float(mask[1][:4]) > float(regression[1][:4])  # sharper
+    p = rows["p of this difference to HiPA"]  # empty where the two are equal
+    assert [cell != "" and float(cell) < 0.05 for cell in p[:6]] == [cell.endswith("*") for cell in mask[:6]]
     assert set(asked) == {0, 1, 2, 3} and asked.count(3) == 1
 
 
