@@ -39,17 +39,16 @@ from sample import Parser, apply_lora, find_lora, number, run, slug  # noqa: E40
 MINUTES = 7  # of one thread for 1,100 of HiPA's updates, with AVX-512; without, twice as many
 TRAININGS, PER_CLASS = 3, 2  # of each row; pictures of each thing
 ALIKE = "--data emoji --dtype float32 --pairs 1024".split()
-PAPER = "--paper --lr 1e-3 "  # 4e-3 diverges: the picture terms' gradients hardly agree between batches
 LATENT = "--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0"
 MAIN = {  # name: (options of train.py, updates that take as long as 1,100 of HiPA's, steps to sample in)
     "**HiPA**": ("", 1100, [1]),
     "half a head start": ("--head-start 0.5", 870, [1]),
     "no head start": ("--head-start 0", 620, [1]),
     "regression of latents": (LATENT, 1490, [1]),
-    "as the paper trains": (PAPER, 640, [1]),
-    "the same and energy": (PAPER + "--energy 1", 630, [1]),
-    "spatial and energy": (PAPER + "--fourier 0 --sobel 0 --energy 1", 680, [1]),
-    "spatial alone": (PAPER + "--fourier 0 --sobel 0", 710, [1]),
+    "as the paper trains": ("--paper", 640, [1]),
+    "the same and energy": ("--paper --energy 1", 630, [1]),
+    "spatial and energy": ("--paper --fourier 0 --sobel 0 --energy 1", 680, [1]),
+    "spatial alone": ("--paper --fourier 0 --sobel 0", 710, [1]),
     "LCM-LoRA": ("--lr 2e-4 --later 0", 710, [1, 2, 4]),
     "progressive distillation": ("--lr 3e-4", 900, [1, 2, 4, 8]),
 }

@@ -83,13 +83,15 @@ def test_the_loss_falls(begin, tmp_path):
 
 
 def test_presets_and_explicit_options():
-    """A preset fills in what is not given; --paper switches off what the paper does not have; what is given wins."""
+    """A preset fills in what is not given; --paper halves the rate and switches off what the paper does not have; what
+    is given wins."""
     args = train.parse_args("--data emoji --lr 0.5 --pairs 3 --model sd15".split())
     assert (args.lr, args.pairs, args.model, args.latent, args.out) == (0.5, 3, "sd15", 2, Path("runs/emoji"))
     args = train.parse_args(["--data", "some/prompts.txt"])
     assert (args.model, args.pairs, args.layers, args.out) == ("sd21", 100_000, "attention", Path("runs/prompts"))
     args = train.parse_args("--data emoji --paper --energy 0.3".split())
-    assert (args.energy, args.latent, args.head_start, args.later) == (0.3, 0, 0, 0)
+    assert (args.energy, args.latent, args.head_start, args.later, args.lr) == (0.3, 0, 0, 0, 1e-3)
+    assert train.parse_args("--data emoji --paper --lr 0.5".split()).lr == 0.5
 
 
 OUT_OF_MEMORY = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
