@@ -36,7 +36,7 @@ from lora import LORA_NAME  # noqa: E402
 from progressive import sample_ddim  # noqa: E402
 from sample import Parser, apply_lora, find_lora, number, run, slug  # noqa: E402
 
-MINUTES = 7  # of one thread for 1,100 of HiPA's updates, with AVX-512; without, twice as many
+MINUTES = 10  # of one thread for 1,100 of HiPA's updates, with AVX-512; without, nearly twice as many
 TRAININGS, PER_CLASS = 3, 2  # of each row; pictures of each thing
 ALIKE = "--data emoji --dtype float32 --pairs 1024".split()
 LATENT = "--spatial 0 --fourier 0 --sobel 0 --energy 0 --latent 1 --head-start 0"
