@@ -61,7 +61,7 @@ def jobs(ways):
 
 
 def varied(folder=HERE / "build" / "varied"):
-    """The copy `varied` (docs/results.md): adaptors trained in three ways, its 25 steps, real pictures."""
+    """The copy `varied` (docs/tables.md): adaptors trained in three ways, its 25 steps, real pictures."""
     ways = {}
     for name in ("regression of latents", "as the paper trains", "HiPA"):
         ways[name] = hipa.load(folder), 1

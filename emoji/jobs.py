@@ -5,7 +5,7 @@
     python emoji/jobs.py editing --lora runs/a runs/b runs/c     # HiPA's rows only, of other adaptors
 
 The pictures are real ones of `renders.png`, four of each class; in each repetition noise is new. A row shows mean and
-standard deviation over repetitions; with several adaptors, over the adaptors. Each job at its default strength.
+standard deviation over repetitions; with several adaptors, over the adaptors. Strengths are the defaults, and 0.4.
 
 recognition, Fréchet, edges   as in `evaluate.py`
 DISTS, PSNR (dB)              to the real picture that the job began with; DISTS on the evaluation net

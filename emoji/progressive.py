@@ -67,9 +67,9 @@ def sample_ddim(model, prompts, seeds, steps, guidance=1.0):
     return model.decode(x)
 
 
-def loss_of(teacher, student, steps, update, prompts, x0, guidance):
+def loss_of(teacher, student, steps, update, prompts, x0, guidance, seed=0):
     """The student's error of v at random places of its `steps` steps; x0 (B, 4, h, w) are pictures' latents."""
-    schedule, generator = student.schedule, seeded("progressive", steps, update)
+    schedule, generator = student.schedule, seeded("progressive", seed, steps, update)
     times = timesteps(schedule, 2 * steps)  # every second one is the student's
     k = 2 * torch.randint(steps, (len(x0),), generator=generator)
     start, middle, end = (times[k + i].to(x0.device) for i in range(3))
@@ -96,7 +96,8 @@ def main(argv=None):
             optimizer = torch.optim.Adam(student.unet.parameters(), args.lr, betas=(0.9, 0.99))
             for update in tqdm(range(updates), f"student of {steps} steps", unit="update"):
                 some = pairs_of_step(first + update, args)
-                loss_of(teacher, student, steps, update, pairs.prompts(some), pairs.targets(some), guidance).backward()
+                batch = pairs.prompts(some), pairs.targets(some)
+                loss_of(teacher, student, steps, update, *batch, guidance, args.seed).backward()
                 descend(optimizer, args.lr * min(1, (update + 1) / 10) * (1 - update / updates))
             write_file(path, save({key: tensor.half() for key, tensor in student.unet.state_dict().items()}))
         hipa.read_weights(student.unet.requires_grad_(False), path, torch.float32)  # as it was kept

@@ -1,4 +1,4 @@
-"""The scripts that make the tables of docs/results.md, and the peer in one of them: lcm, table, jobs, bench."""
+"""The scripts that make the tables of docs/tables.md, and the peer in one of them: lcm, table, jobs, bench."""
 
 import itertools
 import shutil

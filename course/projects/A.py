@@ -1,4 +1,4 @@
-"""Project A, the baseline: adaptors of rank 4, trained as by `train.py --data emoji`, with less of everything."""
+"""Project A, the baseline: adaptors of rank 4, trained in `train.py`'s way, but shorter, and with other weights."""
 
 import torch
 import torch.nn.functional as F
