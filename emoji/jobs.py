@@ -118,10 +118,8 @@ def degraded(pictures, side):
 def super_resolution(bench):
     """Of pictures that were only reduced, and of degraded ones. Up to the default strength, `hipa.upscale` ends with a
     correction: reduced, the result is the small picture again, nearly. So does a row of bicubic ones."""
-    for kind, reduce, strength in (
-        ("reduced", resized, hipa.STRENGTH["super-resolution"]),
-        ("degraded", degraded, 0.4),
-    ):
+    default = hipa.STRENGTH["super-resolution"]
+    for reduce, strength in ((resized, default), (degraded, default), (degraded, 0.4)):
         small = reduce(bench.pictures, REDUCED)
         bicubic = corrected = resized(small, SIZE)
         for _ in range(6):
@@ -131,7 +129,7 @@ def super_resolution(bench):
         def make(model, places, *args, small=small, strength=strength, **options):
             return hipa.upscale(model, small[places], SIZE // REDUCED, *args, strength, **options)
 
-        bench.print_table(f"{kind}, {REDUCED} to {SIZE} pixels, strength {strength:g}", make, others)
+        bench.print_table(f"{reduce.__name__}, {REDUCED} to {SIZE} pixels, strength {strength:g}", make, others)
 
 
 JOBS = {"editing": editing, "inpainting": inpainting, "super-resolution": super_resolution}

@@ -197,8 +197,8 @@ def test_jobs(few, capsys):
     tables = [
         {name: cells for name, *cells in (line[2:-2].split(" | ") for line in part.splitlines()[2:])} for part in parts
     ]
-    assert len(tables) == 4 and all("±" in rows.pop("**HiPA, 1 step**")[0] for rows in tables)
-    edited, inpainted, reduced, degraded = tables
+    assert len(tables) == 5 and all("±" in rows.pop("**HiPA, 1 step**")[0] for rows in tables)
+    edited, inpainted, reduced, degraded, _ = tables
     assert [*edited] == ["real pictures of those"] and [*inpainted] == ["the real pictures", "the hole as it is filled"]
     psnr = [float(rows[name][4]) for rows in (reduced, degraded) for name in ("bicubic", "bicubic, corrected")]
     assert psnr[0] + 0.5 < psnr[1] and psnr[0] - 1 > psnr[2] > psnr[3] - 1
