@@ -278,12 +278,12 @@ class Evaluation:
         return distances.mean().clamp(min=0).item()  # of equal pictures it can be -1e-8
 
 
-def draw(model, prompts, seed, steps, guidance=None, batch=24, sample=hipa.sample):
+def draw(model, prompts, seed, steps, sample=hipa.sample):
     """The model's pictures of the prompts (N, 3, 64, 64). Seeds differ between all pictures."""
-    starts = tqdm(range(0, len(prompts), batch), f"{steps} steps, seed {seed}", leave=False)
+    starts = tqdm(range(0, len(prompts), 24), f"{steps} steps, seed {seed}", leave=False)
     seeds = range(1_000_000 * (seed + 1), 1_000_000 * (seed + 1) + len(prompts))
-    parts = (slice(i, i + batch) for i in starts)
-    return torch.cat([sample(model, prompts[part], seeds[part], steps, guidance).cpu() for part in parts])
+    parts = (slice(i, i + 24) for i in starts)
+    return torch.cat([sample(model, prompts[part], seeds[part], steps).cpu() for part in parts])
 
 
 COLUMNS = {"Fréchet": "{:.2f}", "edges": "{:.2f}", "both": "{:.1f} %", "small": "{:.1f} %", "spread": "{:.2f}"}

@@ -2,19 +2,20 @@
 
     python emoji/jobs.py                            # all; half an hour on two cores
     python emoji/jobs.py inpainting                 # one of: editing, inpainting, super-resolution
-    python emoji/jobs.py editing --lora runs/a runs/b runs/c     # HiPA's rows only, of other adaptors
+    python emoji/jobs.py editing --lora runs/a runs/b runs/c     # of other adaptors, without the frozen model
 
 The pictures are real ones of `renders.png`, four of each class; in each repetition noise is new. A row shows mean and
 standard deviation over repetitions; with several adaptors, over the adaptors. Strengths are the defaults, and 0.4.
 
 recognition, Fréchet, edges   as in `evaluate.py`
 DISTS, PSNR (dB)              to the real picture that the job began with; DISTS on the evaluation net
-seam                          mean step over the rim of the hole, relative to that of the real pictures; 1 is no seam
+seam                          mean step in the middle, the rim of the hole, relative to the real pictures'; 1 is no seam
 """
 
 import io
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +58,8 @@ class Bench:
         step, real = ((x[..., SIZE // 2] - x[..., SIZE // 2 - 1]).abs().mean().item() for x in (pictures, originals))
         return [*self.evaluation.measure(pictures, labels), dists, psnr(pictures, originals), step / real]
 
-    def print_table(self, title, make, others, shift=0):
-        """A row for each way, with make(model, places of pictures, prompts, seeds, steps=), and for each of others,
+    def print_table(self, title, make, given, others, shift=0):
+        """A row for each way, of make(model, some of given, prompts=, seeds=, steps=), and for each of others,
         {name: pictures}. The prompts name what is `shift` classes on."""
         print("\n" + header(title, *COLUMNS))
         labels = (self.labels + shift) % len(self.evaluation.glyphs)
@@ -71,7 +72,8 @@ class Bench:
                 parts = []
                 for places in torch.arange(len(labels)).split(24):
                     seeds = [2_000_000_000 + 1_000_000 * k + i for i in places.tolist()]
-                    parts.append(make(models[m], places, [prompts[i] for i in places], seeds, steps=steps))
+                    some = [prompts[i] for i in places]
+                    parts.append(make(models[m], given[places], prompts=some, seeds=seeds, steps=steps))
                 table[m, k] = self.measure(torch.cat(parts), labels)
             table = table.mean(axis=1) if len(models) > 1 else table[0]
             print(row(name, table, COLUMNS.values()), flush=True)
@@ -80,22 +82,15 @@ class Bench:
 def editing(bench):
     """Every picture becomes the thing seven classes on, which has nothing to do with what it was."""
     others = {"real pictures of those": bench.pictures.roll(-7 * OTHER_VIEWS, 0)}
-
-    def make(model, places, *args, **options):
-        return hipa.edit(model, bench.pictures[places], *args, **options)
-
-    bench.print_table(f"editing, strength {hipa.STRENGTH['editing']:g}", make, others, shift=7)
+    bench.print_table(f"editing, strength {hipa.STRENGTH['editing']:g}", hipa.edit, bench.pictures, others, shift=7)
 
 
 def inpainting(bench):
     """The hole is the right half of every picture, and so of the thing in its middle."""
     mask = torch.arange(SIZE).ge(SIZE // 2).float().expand(1, 1, SIZE, SIZE)
     others = {"the real pictures": bench.pictures, "the hole as it is filled": hipa.fill(bench.pictures, mask)}
-
-    def make(model, places, *args, **options):
-        return hipa.inpaint(model, bench.pictures[places], mask, *args, **options)
-
-    bench.print_table(f"inpainting the right half, strength {hipa.STRENGTH['inpainting']:g}", make, others)
+    title = f"inpainting the right half, strength {hipa.STRENGTH['inpainting']:g}"
+    bench.print_table(title, partial(hipa.inpaint, mask=mask), bench.pictures, others)
 
 
 def resized(pictures, side):
@@ -117,19 +112,18 @@ def degraded(pictures, side):
 
 def super_resolution(bench):
     """Of pictures that were only reduced, and of degraded ones. Up to the default strength, `hipa.upscale` ends with a
-    correction: reduced, the result is the small picture again, nearly. So does a row of bicubic ones."""
+    correction: reduced, the result is the small picture again, nearly. A row of bicubic ones is corrected, too."""
     default = hipa.STRENGTH["super-resolution"]
     for reduce, strength in ((resized, default), (degraded, default), (degraded, 0.4)):
         small = reduce(bench.pictures, REDUCED)
         bicubic = corrected = resized(small, SIZE)
         for _ in range(6):
-            corrected = (corrected + resized(small - resized(corrected, REDUCED), SIZE)).clamp(-1, 1)
+            missing = small - hipa.resize(corrected, (REDUCED, REDUCED))
+            corrected = (corrected + hipa.resize(missing, (SIZE, SIZE))).clamp(-1, 1)
         others = {"the real pictures": bench.pictures, "bicubic": bicubic, "bicubic, corrected": corrected}
-
-        def make(model, places, *args, small=small, strength=strength, **options):
-            return hipa.upscale(model, small[places], SIZE // REDUCED, *args, strength, **options)
-
-        bench.print_table(f"{reduce.__name__}, {REDUCED} to {SIZE} pixels, strength {strength:g}", make, others)
+        title = f"{reduce.__name__}, {REDUCED} to {SIZE} pixels, strength {strength:g}"
+        make = partial(hipa.upscale, scale=SIZE // REDUCED, strength=strength)
+        bench.print_table(title, make, small, others)
 
 
 JOBS = {"editing": editing, "inpainting": inpainting, "super-resolution": super_resolution}

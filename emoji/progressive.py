@@ -56,8 +56,8 @@ def timesteps(schedule, steps):
 
 
 @torch.no_grad()
-def sample_ddim(model, prompts, seeds, steps, guidance=1.0):
-    """In the place of `hipa.sample`, by DDIM. Guidance was learned and is not used."""
+def sample_ddim(model, prompts, seeds, steps):
+    """In the place of `hipa.sample`, by DDIM; without guidance, which was learned."""
     side, times = model.unet.config.sample_size, timesteps(model.schedule, steps).to(model.device)
     x = hipa.noise(seeds, 4, side, side).to(model.device)
     predict_x0 = hipa.predictor(model, prompts)

@@ -8,9 +8,9 @@
 Every row has the same prompts and batch, and as many updates as take the time of 1,100 of HiPA's on one thread. Each is
 trained three times, with targets, first values and test noise of its own: mean ± standard deviation. * : differs from
 HiPA's row with p < .05 (Welch's test; needs scipy). Trainings are kept in `runs/table`, or `runs/table-varied` for a
-copy of that name. Columns: those of `evaluate.py`, and *to 25 steps*, the distance to the frozen model's 25 steps from
-the same noise (DISTS on the evaluation net). *A mask*: regression's pictures under the unsharp mask of MASKS that has
-the least Fréchet distance on other noise.
+copy of that name: after a change of options here, give another --out. Columns: those of `evaluate.py`; *to 25 steps*,
+the distance to the frozen model's 25 steps from the same noise (DISTS on the evaluation net); minutes of a processor.
+*A mask*: regression's pictures under the unsharp mask of MASKS that has the least Fréchet distance on other noise.
 """
 
 import os
@@ -34,7 +34,7 @@ from evaluate import COLUMNS, Evaluation, draw, header, row, sharpened  # noqa: 
 from lcm import sample_consistency  # noqa: E402
 from lora import LORA_NAME  # noqa: E402
 from progressive import sample_ddim  # noqa: E402
-from sample import Parser, apply_lora, find_lora, number, run, slug  # noqa: E402
+from sample import Parser, apply_lora, choose_device, find_lora, number, run, slug  # noqa: E402
 
 MINUTES = 10  # of one thread for 1,100 of HiPA's updates, with AVX-512; without, nearly twice as many
 TRAININGS, PER_CLASS = 3, 2  # of each row; pictures of each thing
@@ -130,7 +130,7 @@ def main(argv=None):
     parser.add_argument("--share", type=number(float, 0, 100), default=1.0, help="of the updates (%(default)s)")
     parser.add_argument("--more", action="store_true", help="the rows of MORE too")
     args = parser.parse_args(argv)
-    checkpoint = hipa.find_checkpoint(args.model)
+    checkpoint, device = hipa.find_checkpoint(args.model), choose_device(args.device)
     out = args.out or Path("runs") / ("table" if args.model == "emoji" else f"table-{checkpoint.name}")
     wanted = args.rows or [slug(name) for name in (ROWS if args.more else MAIN)]
     rows = {}  # {name: the folders of its trainings}
@@ -140,17 +140,17 @@ def main(argv=None):
     missing = [(f, name) for name, folders in rows.items() for f in folders if not (f / "finished").exists()]
     if missing:
         expected = len(missing) * MINUTES * args.share / args.jobs
-        print(f"{len(missing)} trainings, about {expected:.0f} minutes where nothing else runs", file=sys.stderr)
+        print(f"{len(missing)} trainings, about {expected:.0f} minutes on an idle CPU", file=sys.stderr)
         missing.sort(key=lambda job: job[0].name.split("-")[-2])  # one training of every row, then the second ones
         targets = [(out / f"targets-{seed}-1", "targets") for seed in range(TRAININGS)]  # made first: the others share
         with ThreadPoolExecutor(args.jobs) as pool:
             for jobs in (targets, missing):
-                list(pool.map(lambda job: train(job[0], args.model, args.device, job[1]), jobs))
+                list(pool.map(lambda job: train(job[0], args.model, device, job[1]), jobs))
 
-    measures, best = Measures(hipa.load(args.model, args.device), checkpoint, out), None
+    measures, best = Measures(hipa.load(args.model, device), checkpoint, out), None
 
     def load(folder, steps=1):
-        model = hipa.load(args.model, args.device)
+        model = hipa.load(args.model, device)
         if (path := folder / f"unet-{steps}.safetensors").exists():
             hipa.read_weights(model.unet, path, torch.float32)
             model.unet.to(model.device)
@@ -187,7 +187,8 @@ def main(argv=None):
             figures = [measures.of(sharpened(part, *mask), seed) for seed, part in enumerate(pictures)]
             print_row(f"the same under a mask, σ {mask[0]:g}, times {mask[1]:g}", figures, minutes)
             if best:
-                print(row("p of this difference to HiPA", [p_values(figures, best)], ["{:.3f}"] * 6), "|", flush=True)
+                p = row("p of this difference to HiPA", [p_values(figures, best)], ["{:.3f}"] * len(best[0]))
+                print(p, "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from test_compile import small_distance, small_model
 
 sys.path.insert(0, str(ROOT / "emoji"))
 
+import evaluate  # noqa: E402
 import lcm  # noqa: E402
 import progressive  # noqa: E402
 
@@ -125,3 +126,15 @@ def test_losses_of_the_peers():
     add_lora(model.unet, 2)
     batch = SimpleNamespace(prompts=PROMPTS, x0=x0)
     assert lcm.loss_of(SimpleNamespace(seed=0, guidance=2.0), model, None, 0, batch)["consistency"].is_meta
+
+
+@pytest.mark.slow
+def test_peers_are_trained_and_measured(tmp_path, monkeypatch):
+    """Each student is read back onto the device for the next; pictures are measured on the CPU."""
+    monkeypatch.setattr(progressive, "choose_device", lambda name: "meta")
+    monkeypatch.setattr(progressive, "SHARES", {2: 1, 1: 1})
+    options = "--data emoji --pairs 8 --teacher-steps 1 --batch 2 --steps 2 --out"
+    progressive.main([*options.split(), str(tmp_path)])
+    model = hipa.load("emoji", "meta")
+    drawn, copies = evaluate.draw(model, PROMPTS, 0, 1), evaluate.Evaluation(model, per_class=1).copies
+    assert drawn.device.type == copies.device.type == "cpu"

@@ -59,8 +59,8 @@ def test_lengths_of_files():
 
 
 def test_figures_are_in_a_table():
-    """Each figure of docs/results.md, of the README's results and limits, and of what paper.md calls measured stands in
-    docs/tables.md, under a command."""
+    """Each figure with a decimal point in docs/results.md, the README's results and limits, and what paper.md calls
+    measured, stands in docs/tables.md; there, each section has a command."""
     tables, paper, results = (PAGES[page].read_text("utf-8") for page in ("tables.md", "paper.md", "results.md"))
     claims = re.findall(r"^## (?:Results|Limits)\n(.*?)^## ", README, re.M | re.S) + [re.sub("`.*?`", "", results)]
     claims += [line.split(" | ")[2] for line in paper.splitlines() if line.startswith("| ") and line.count(" | ") > 2]
