@@ -6,9 +6,9 @@
     python emoji/table.py --model emoji/build/varied --rows hipa regression-of-latents   # a copy made by make.py
 
 Every row has the same prompts and batch, and as many updates as take the time of 1,100 of HiPA's on one thread. Each is
-trained three times, with targets, first values and test noise of its own: mean ± standard deviation. * : differs from
-HiPA's row with p < .05 (Welch's test; needs scipy). Trainings are kept in `runs/table`, or `runs/table-varied` for a
-copy of that name: after a change of options here, give another --out. Columns: those of `evaluate.py`; *to 25 steps*,
+trained three times, with targets, starting weights and test noise of its own: mean ± standard deviation. * : differs
+from HiPA's row with p < .05 (Welch's test; needs scipy). Trainings are kept in `runs/table`, or `runs/table-varied` for
+a copy of that name: after a change of options here, give another --out. Columns: those of `evaluate.py`; *to 25 steps*,
 the distance to the frozen model's 25 steps from the same noise (DISTS on the evaluation net); minutes of a processor.
 *A mask*: regression's pictures under the unsharp mask of MASKS that has the least Fréchet distance on other noise.
 """
