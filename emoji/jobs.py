@@ -113,17 +113,18 @@ def degraded(pictures, side):
 def super_resolution(bench):
     """Of pictures that were only reduced, and of degraded ones. Up to the default strength, `hipa.upscale` ends with a
     correction: reduced, the result is the small picture again, nearly. A row of bicubic ones is corrected, too."""
-    default, kinds = hipa.STRENGTH["super-resolution"], {"reduced": resized, "degraded": degraded}
-    for kind, strength in (("reduced", default), ("degraded", default), ("degraded", 0.4)):
-        small = kinds[kind](bench.pictures, REDUCED)
+    default = hipa.STRENGTH["super-resolution"]
+    for kind, reduce, strengths in (("reduced", resized, [default]), ("degraded", degraded, [default, 0.4])):
+        small = reduce(bench.pictures, REDUCED)
         bicubic = corrected = resized(small, SIZE)
         for _ in range(6):
             missing = small - hipa.resize(corrected, (REDUCED, REDUCED))
             corrected = (corrected + hipa.resize(missing, (SIZE, SIZE))).clamp(-1, 1)
         others = {"the real pictures": bench.pictures, "bicubic": bicubic, "bicubic, corrected": corrected}
-        title = f"{kind}, {REDUCED} to {SIZE} pixels, strength {strength:g}"
-        make = partial(hipa.upscale, scale=SIZE // REDUCED, strength=strength)
-        bench.print_table(title, make, small, others)
+        for strength in strengths:
+            title = f"{kind}, {REDUCED} to {SIZE} pixels, strength {strength:g}"
+            make = partial(hipa.upscale, scale=SIZE // REDUCED, strength=strength)
+            bench.print_table(title, make, small, others)
 
 
 JOBS = {"editing": editing, "inpainting": inpainting, "super-resolution": super_resolution}

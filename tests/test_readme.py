@@ -29,11 +29,11 @@ def test_links_and_files_exist(page):
     assert links and not missing
 
 
-@pytest.mark.parametrize("page, least", [("inputs.md", 40), ("results.md", 12)])
+@pytest.mark.parametrize("page, least", [("inputs.md", 40), ("results.md", 11)])
 def test_what_is_claimed_has_a_test(page, least):
     """Each row of docs/inputs.md, and each claim of docs/results.md, that names tests names some that are there."""
     named = re.findall(r"`(test_\w+\.py)(?: -k \"?([\w ]+)\"?)?`", PAGES[page].read_text("utf-8"))
-    assert len(named) >= least
+    assert len(named) > least
     for file, words in named:
         names = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text("utf-8"), re.M)
         assert all(any(word in name for name in names) for word in words.split(" or ")), (file, words)

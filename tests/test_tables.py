@@ -205,6 +205,8 @@ def test_jobs(few, capsys):
     ]
     assert len(tables) == 5 and all("±" in rows.pop("**HiPA, 1 step**")[0] for rows in tables)
     edited, inpainted, reduced, degraded, _ = tables
+    assert not any("±" in cells[0] for rows in tables for cells in rows.values())
+    assert [*reduced] == [*degraded] == ["the real pictures", "bicubic", "bicubic, corrected"]
     assert [*edited] == ["real pictures of those"] and [*inpainted] == ["the real pictures", "the hole as it is filled"]
     assert edited["real pictures of those"][0] == inpainted["the real pictures"][0] == "100.0 %"
     filled = inpainted["the hole as it is filled"]
@@ -234,7 +236,8 @@ def test_trainings_have_equal_time_and_go_on_where_they_stopped(few, monkeypatch
     trainings = [f"{row}-{seed}-{updates}" for row, updates in (("hipa", 110), ("rank-4", 111)) for seed in range(3)]
     assert sorted(folders) == [*trainings, *(f"targets-{seed}-1" for seed in range(3))]
     options = {name: (folder / "options").read_text().splitlines() for name, folder in folders.items()}
-    assert all("--device cpu" in line and "--seed 2 --steps 110" in line for line in options["hipa-2-110"])
+    assert all("--seed 2 --steps 110 --targets" in line for line in options["hipa-2-110"])
+    assert all("--device cpu" in line for line in options["hipa-2-110"])
     assert options["rank-4-0-111"][0].endswith("--rank 4") and options["rank-4-0-111"][1:] == ["--resume"]
     assert len((folders["rank-4-0-111"] / "processor_seconds").read_text().split()) == 2
     rows = rows_of(capsys)
